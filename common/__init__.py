@@ -1,0 +1,17 @@
+"""The parts that `main.py`, `sweep.py` and `initialization.py` share: data → model → Lightning module → callbacks.
+
+Importing it silences the warnings and messages below: each one by its text and for a reason, so that a new one shows.
+"""
+
+import logging
+import warnings
+
+# The batches are slices of tensors in memory. Worker processes would only copy them once more.
+warnings.filterwarnings("ignore", ".*does not have many workers")
+# Whoever passes overfit_batches wants the same batches again and again, and metrics once per epoch.
+warnings.filterwarnings("ignore", ".*requested to overfit but enabled .* dataloader shuffling")
+warnings.filterwarnings("ignore", ".*is smaller than the logging interval")
+# Lightning calls what PyTorch has deprecated; the next release of Lightning may not.
+warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated")
+# An advertisement for a logger.
+logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.msg)

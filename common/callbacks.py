@@ -1,0 +1,142 @@
+"""The callbacks: what is measured and drawn while the Lightning module trains, without a line in the module."""
+
+from typing import Any
+
+import matplotlib.pyplot as plt
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from pytorch_lightning.utilities import rank_zero_warn
+from torch import Tensor
+from torchmetrics import CatMetric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix, MulticlassF1Score
+
+
+class MetricsCallback(pl.Callback):
+    """Logs `accuracy/{stage}` and the macro-averaged `f1/{stage}` of each epoch; stages are train, val and test.
+
+    Torchmetrics gathers them from the `outputs` of each step and adds up over all processes. A test also draws two
+    pictures into TensorBoard: the confusion matrix, and the misclassified digits of highest loss. Training accuracy is
+    that of the changing weights with dropout on, so at first it lies below validation accuracy.
+
+    Args:
+        num_classes: logits of an image.
+        num_mistakes: misclassified digits to draw.
+    """
+
+    def __init__(self, num_classes: int = 10, num_mistakes: int = 25) -> None:
+        # Checking the arguments of each update costs as much as the update.
+        scores = MetricCollection(
+            {
+                "accuracy": MulticlassAccuracy(num_classes, average="micro", validate_args=False),
+                "f1": MulticlassF1Score(num_classes, average="macro", validate_args=False),
+            }
+        )
+        self.scores = {stage: scores.clone(postfix=f"/{stage}") for stage in ("train", "val", "test")}
+        self.confusion = MulticlassConfusionMatrix(num_classes)
+        self.mistakes = {name: CatMetric() for name in ("images", "y", "y_pred", "losses")}
+        self.num_mistakes = num_mistakes
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        # Lightning moves what belongs to the Lightning module; a callback's metrics do not.
+        for metric in (*self.scores.values(), self.confusion, *self.mistakes.values()):
+            metric.to(trainer.strategy.root_device)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.scores["train"].reset()
+
+    def on_train_batch_end(self, trainer, pl_module, outputs: dict[str, Tensor], batch: Any, batch_idx: int) -> None:
+        self.scores["train"].update(outputs["y_pred"], outputs["y"])
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._log_scores(pl_module, "train")
+
+    # Resetting where an epoch starts, not where it ends, drops what the sanity check left behind.
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.scores["val"].reset()
+
+    def on_validation_batch_end(
+        self, trainer, pl_module, outputs: dict[str, Tensor], batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self.scores["val"].update(outputs["y_pred"], outputs["y"])
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._log_scores(pl_module, "val")
+
+    def on_test_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for metric in (self.scores["test"], self.confusion, *self.mistakes.values()):
+            metric.reset()
+
+    def on_test_batch_end(
+        self, trainer, pl_module, outputs: dict[str, Tensor], batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        y_pred, y = outputs["y_pred"], outputs["y"]
+        self.scores["test"].update(y_pred, y)
+        self.confusion.update(y_pred, y)
+        losses, worst = F.cross_entropy(y_pred, y, reduction="none").topk(min(self.num_mistakes, len(y)))
+        rows = {"images": batch[0][worst], "y": y[worst], "y_pred": y_pred[worst].argmax(dim=1), "losses": losses}
+        for name, metric in self.mistakes.items():
+            metric.update(rows[name])
+
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._log_scores(pl_module, "test")
+        # Every process has to take part in compute, but only the first one has a logger to draw into.
+        confusion = self.confusion.compute()
+        mistakes = {name: metric.compute() for name, metric in self.mistakes.items()}
+        if trainer.is_global_zero and hasattr(getattr(trainer.logger, "experiment", None), "add_figure"):
+            for name, figure in {
+                "confusion/test": self.confusion.plot(confusion.cpu())[0],
+                "mistakes/test": self._draw_mistakes(**mistakes),
+            }.items():
+                figure.set_layout_engine("constrained")
+                trainer.logger.experiment.add_figure(name, figure, trainer.global_step)
+
+    def _log_scores(self, pl_module: pl.LightningModule, stage: str) -> None:
+        for name, value in self.scores[stage].compute().items():
+            pl_module.log(name, value, prog_bar=name.startswith("accuracy"), sync_dist=True)
+
+    def _draw_mistakes(self, images: Tensor, y: Tensor, y_pred: Tensor, losses: Tensor) -> Figure:
+        wrong = [i for i in losses.argsort(descending=True).tolist() if y[i] != y_pred[i]]
+        columns = 5
+        figure, axes = plt.subplots(-(-self.num_mistakes // columns), columns, figsize=(6, 7), squeeze=False)
+        for axis in axes.flat:
+            axis.axis("off")
+        for axis, i in zip(axes.flat, wrong[: self.num_mistakes], strict=False):
+            axis.imshow(images[i].squeeze().cpu(), cmap="gray_r")
+            axis.set_title(f"{y[i]:.0f} taken for {y_pred[i]:.0f}", fontsize=9)
+        return figure
+
+
+class GradientHistogramCallback(pl.Callback):
+    """Records each parameter's gradient as the histogram `gradient/{name}` and the scalar `gradient_norm/{name}`.
+
+    It calls `trainer.logger.experiment`, the logger's own object (here TensorBoard's SummaryWriter), as one does for
+    all that `self.log` has no word for. With a logger that has no histograms it warns once and does nothing.
+
+    Args:
+        every_n_steps: histograms at every step would cost more than the training.
+    """
+
+    def __init__(self, every_n_steps: int = 50) -> None:
+        self.every_n_steps = every_n_steps
+        self.enabled = True
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.enabled = hasattr(getattr(trainer.logger, "experiment", None), "add_histogram")
+        if not self.enabled:
+            rank_zero_warn(
+                f"GradientHistogramCallback records nothing: {type(trainer.logger).__name__} has no add_histogram."
+                " TensorBoardLogger has."
+            )
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        if not self.enabled or not trainer.is_global_zero or trainer.global_step % self.every_n_steps:
+            return
+        writer = trainer.logger.experiment
+        for name, parameter in pl_module.named_parameters():
+            if parameter.grad is not None and parameter.grad.isfinite().all():
+                writer.add_histogram(f"gradient/{name}", parameter.grad, trainer.global_step, bins=64)
+                writer.add_scalar(f"gradient_norm/{name}", parameter.grad.norm(), trainer.global_step)

@@ -1,0 +1,71 @@
+"""The Lightning module: what one step computes and which optimiser follows it. Metrics are callbacks, not here."""
+
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.model import MLP
+
+
+class Classifier(pl.LightningModule):
+    """Trains `model` with cross-entropy, AdamW and the one-cycle schedule (Smith & Topin 2017, arXiv:1708.07120).
+
+    Every training, validation and test step returns `{"loss", "y", "y_pred"}`, which Lightning hands to the
+    callbacks as `outputs`: loss is a scalar, y (batch,) the labels, y_pred (batch, classes) the logits.
+
+    Args:
+        model: the model, or the arguments that rebuild an `MLP`, which is what a checkpoint holds.
+        learning_rate: the peak of the schedule.
+        weight_decay: decoupled weight decay of AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101).
+        label_smoothing: share of the target that training spreads over all classes (Szegedy et al. 2016,
+            arXiv:1512.00567, section 7). The losses of validation and test are not smoothed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | dict[str, Any],
+        learning_rate: float = 8e-3,
+        weight_decay: float = 0.05,
+        label_smoothing: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.model = MLP(**model) if isinstance(model, dict) else model
+        # Not the module itself but the values that rebuild it: the checkpoint then loads with weights_only=True.
+        self.save_hyperparameters(ignore="model")
+        self.save_hyperparameters({"model": self.model.hparams})
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        return self._step(batch, "train")
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        return self._step(batch, "val")
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        return self._step(batch, "test")
+
+    def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Returns class probabilities (batch, classes)."""
+        return self(batch[0]).softmax(dim=1)
+
+    def _step(self, batch: tuple[Tensor, Tensor], stage: str) -> dict[str, Tensor]:
+        images, y = batch
+        y_pred = self(images)
+        loss = F.cross_entropy(y_pred, y, label_smoothing=self.hparams.label_smoothing if stage == "train" else 0.0)
+        # batch_size weights the epoch's mean, so that the smaller last batch counts for less.
+        self.log(f"loss/{stage}", loss, on_step=False, on_epoch=True, batch_size=len(y), sync_dist=True)
+        return {"loss": loss, "y": y, "y_pred": y_pred.detach()}
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = torch.optim.AdamW(
+            self.parameters(), lr=self.hparams.learning_rate, weight_decay=self.hparams.weight_decay, fused=True
+        )
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, max_lr=self.hparams.learning_rate, total_steps=int(self.trainer.estimated_stepping_batches)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -1,0 +1,115 @@
+"""Trains, validates and tests an MLP on MNIST, with each facility of Lightning's Trainer one option away.
+
+python main.py
+python main.py --help
+"""
+
+from typing import Literal
+
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, OpenUnitInterval, PositiveInt
+
+from common.cli import Share, run
+
+
+def main(
+    hidden_sizes: list[PositiveInt] = [512, 512],  # noqa: B006 - nobody mutates it, and --help can show it
+    activation: Literal["relu", "gelu", "silu", "tanh"] = "gelu",
+    dropout: Share = 0.0,
+    learning_rate: OpenUnitInterval = 8e-3,
+    weight_decay: NonNegativeFloat = 0.05,
+    label_smoothing: Share = 0.1,
+    batch_size: PositiveInt = 1024,
+    max_epochs: PositiveInt = 10,
+    patience: PositiveInt = 5,
+    accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps", "tpu"] = "auto",
+    devices: PositiveInt | Literal["auto"] = "auto",
+    strategy: Literal["auto", "ddp", "ddp_spawn", "ddp_notebook"] = "auto",
+    precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"] = "32-true",
+    fast_dev_run: NonNegativeInt | bool = False,
+    overfit_batches: NonNegativeInt = 0,
+    profiler: Literal["simple", "advanced", "pytorch"] | None = None,
+    seed: NonNegativeInt = 42,
+    data_dir: str = "data",
+    log_dir: str = "logs",
+    ckpt_path: str | None = None,
+) -> float:
+    """Train, validate and test an MLP on MNIST.
+
+    Args:
+        hidden_sizes: Units of each hidden layer.
+        activation: Nonlinearity after each hidden layer.
+        dropout: Share of hidden units that a training step drops.
+        learning_rate: Peak of the one-cycle schedule.
+        weight_decay: Decoupled weight decay of AdamW.
+        label_smoothing: Share of the target that training spreads over all classes.
+        batch_size: Images of a batch, on each device.
+        max_epochs: Passes over the training images.
+        patience: Epochs without a better validation accuracy after which to stop early.
+        accelerator: Kind of device to train on.
+        devices: How many of them.
+        strategy: How several devices work together.
+        precision: Of the calculation; "mixed" keeps the weights in 32 bits.
+        fast_dev_run: Run this many batches of each stage, or true for one, without logs and checkpoints.
+        overfit_batches: Train on this many batches only, to see whether the model can learn them by heart.
+        profiler: Report where the time goes.
+        seed: Of the initial weights, the order of the images and dropout.
+        data_dir: Folder of the MNIST files.
+        log_dir: Folder for logs and checkpoints.
+        ckpt_path: Checkpoint to go on from.
+
+    Returns:
+        Test accuracy of the checkpoint with the best validation accuracy, in [0, 1].
+    """
+    # Not at the top of the file: these imports take seconds, which --help need not wait for.
+    import pytorch_lightning as pl
+    from pytorch_lightning.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
+    from pytorch_lightning.loggers import TensorBoardLogger
+
+    from common.callbacks import GradientHistogramCallback, MetricsCallback
+    from common.classifier import Classifier
+    from common.data import MNISTDataModule
+    from common.model import MLP
+
+    pl.seed_everything(seed)
+
+    data = MNISTDataModule(data_dir, batch_size, seed)
+    model = MLP(hidden_sizes, activation, dropout)
+    classifier = Classifier(model, learning_rate, weight_decay, label_smoothing)
+
+    checkpoint = ModelCheckpoint(monitor="accuracy/val", mode="max", save_last=True)
+    callbacks = [
+        MetricsCallback(),
+        GradientHistogramCallback(),
+        LearningRateMonitor(logging_interval="step"),
+        # Learning a batch by heart is meant to ruin validation, so that must not stop it.
+        EarlyStopping(monitor="accuracy/val", mode="max", patience=max_epochs if overfit_batches else patience),
+        checkpoint,
+        TQDMProgressBar(refresh_rate=20),
+    ]
+    trainer = pl.Trainer(
+        max_epochs=max_epochs,
+        accelerator=accelerator,
+        devices=devices,
+        strategy=strategy,
+        precision=precision,
+        fast_dev_run=fast_dev_run,
+        overfit_batches=overfit_batches,
+        profiler=profiler,
+        logger=TensorBoardLogger(log_dir, name="main", default_hp_metric=False),
+        log_every_n_steps=10,
+        callbacks=callbacks,
+    )
+    trainer.fit(classifier, data, ckpt_path=ckpt_path)
+    test = trainer.test(classifier, data, ckpt_path=checkpoint.best_model_path or None, verbose=False)
+
+    if trainer.is_global_zero:
+        print(f"\ntest accuracy    {test[0]['accuracy/test']:.2%}")
+        if checkpoint.best_model_path:
+            print(f"best checkpoint  {checkpoint.best_model_path}")
+            print(f"logs             {trainer.log_dir}")
+            print(f"to look at them  tensorboard --logdir {log_dir}")
+    return test[0]["accuracy/test"]
+
+
+if __name__ == "__main__":
+    run(main)
