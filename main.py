@@ -12,13 +12,13 @@ from common.cli import Share, run
 
 
 def main(
-    hidden_sizes: list[PositiveInt] = [512, 512],  # noqa: B006 - nobody mutates it, and --help can show it
+    hidden_sizes: list[PositiveInt] = [512, 256],  # noqa: B006 - nobody mutates it, and --help can show it
     activation: Literal["relu", "gelu", "silu", "tanh"] = "gelu",
     dropout: Share = 0.0,
-    learning_rate: OpenUnitInterval = 8e-3,
+    learning_rate: OpenUnitInterval = 6e-3,
     weight_decay: NonNegativeFloat = 0.05,
     label_smoothing: Share = 0.1,
-    batch_size: PositiveInt = 1024,
+    batch_size: PositiveInt = 512,
     max_epochs: PositiveInt = 10,
     patience: PositiveInt = 5,
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps", "tpu"] = "auto",
@@ -76,7 +76,8 @@ def main(
     model = MLP(hidden_sizes, activation, dropout)
     classifier = Classifier(model, learning_rate, weight_decay, label_smoothing)
 
-    checkpoint = ModelCheckpoint(monitor="accuracy/val", mode="max", save_last=True)
+    # Lightning writes the last checkpoint even in a fast_dev_run, which is to leave no files.
+    checkpoint = ModelCheckpoint(monitor="accuracy/val", mode="max", save_last=not fast_dev_run)
     callbacks = [
         MetricsCallback(),
         GradientHistogramCallback(),
@@ -106,7 +107,7 @@ def main(
         print(f"\ntest accuracy    {test[0]['accuracy/test']:.2%}")
         if checkpoint.best_model_path:
             print(f"best checkpoint  {checkpoint.best_model_path}")
-            print(f"logs             {trainer.log_dir}")
+            print(f"logs             {trainer.logger.log_dir}")
             print(f"to look at them  tensorboard --logdir {log_dir}")
     return test[0]["accuracy/test"]
 

@@ -13,5 +13,5 @@ warnings.filterwarnings("ignore", ".*requested to overfit but enabled .* dataloa
 warnings.filterwarnings("ignore", ".*is smaller than the logging interval")
 # Lightning calls what PyTorch has deprecated; the next release of Lightning may not.
 warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated")
-# An advertisement for a logger.
-logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.msg)
+# Advertisements for other packages.
+logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.msg)

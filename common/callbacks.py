@@ -14,7 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 
 
 class MetricsCallback(pl.Callback):
-    """Logs `accuracy/{stage}` and the macro-averaged `f1/{stage}` of each epoch; stages are train, val and test.
+    """Logs `accuracy/{stage}` of each epoch, and of validation and test the macro-averaged `f1/{stage}`.
 
     Torchmetrics gathers them from the `outputs` of each step and adds up over all processes. A test also draws two
     pictures into TensorBoard: the confusion matrix, and the misclassified digits of highest loss. Training accuracy is
@@ -26,14 +26,14 @@ class MetricsCallback(pl.Callback):
     """
 
     def __init__(self, num_classes: int = 10, num_mistakes: int = 25) -> None:
-        # Checking the arguments of each update costs as much as the update.
-        scores = MetricCollection(
-            {
-                "accuracy": MulticlassAccuracy(num_classes, average="micro", validate_args=False),
-                "f1": MulticlassF1Score(num_classes, average="macro", validate_args=False),
-            }
-        )
-        self.scores = {stage: scores.clone(postfix=f"/{stage}") for stage in ("train", "val", "test")}
+        # Checking the arguments of each update would cost as much as the update.
+        accuracy = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
+        f1 = MulticlassF1Score(num_classes, average="macro", validate_args=False)
+        self.scores = {
+            "train": MetricCollection({"accuracy/train": accuracy.clone()}),
+            "val": MetricCollection({"accuracy/val": accuracy.clone(), "f1/val": f1.clone()}),
+            "test": MetricCollection({"accuracy/test": accuracy.clone(), "f1/test": f1.clone()}),
+        }
         self.confusion = MulticlassConfusionMatrix(num_classes)
         self.mistakes = {name: CatMetric() for name in ("images", "y", "y_pred", "losses")}
         self.num_mistakes = num_mistakes
@@ -118,7 +118,7 @@ class GradientHistogramCallback(pl.Callback):
         every_n_steps: histograms at every step would cost more than the training.
     """
 
-    def __init__(self, every_n_steps: int = 50) -> None:
+    def __init__(self, every_n_steps: int = 100) -> None:
         self.every_n_steps = every_n_steps
         self.enabled = True
 

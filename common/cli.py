@@ -1,5 +1,6 @@
 """The command line of the scripts: the parameters of `main` are the options, its docstring is the help."""
 
+import json
 import re
 from collections.abc import Callable
 from typing import NoReturn
@@ -35,12 +36,13 @@ def run(main: Callable[..., object]) -> None:
     for action in parser._actions:
         if action.default is False:  # a switch, which may stand without a value
             action.nargs, action.const = "?", True
-    options = parser.parse_args()
+    # Through JSON, because what is left of a PositiveInt then is an int, which a checkpoint may hold.
+    options = json.loads(parser.dump(parser.parse_args(), format="json"))
 
     # Imported only now, because torch and Lightning take seconds to load and --help should not.
     from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
     try:
-        main(**options.as_dict())
+        main(**options)
     except (OSError, MisconfigurationException) as error:
         parser.error(str(error))

@@ -55,7 +55,7 @@ class MNISTDataModule(pl.LightningDataModule):
         seed: of the order of the training images, which is a function of this seed and the epoch alone.
     """
 
-    def __init__(self, data_dir: str = "data", batch_size: int = 1024, seed: int = 42) -> None:
+    def __init__(self, data_dir: str = "data", batch_size: int = 512, seed: int = 42) -> None:
         super().__init__()
         self.data_dir, self.batch_size, self.seed = data_dir, batch_size, seed
         self.train = self.val = self.test = None
@@ -122,4 +122,4 @@ class MNISTDataModule(pl.LightningDataModule):
         # in a resumed run (Lightning calls set_epoch), and evaluation counts each sample once.
         world_size, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         sampler = sampler_class(dataset, num_replicas=world_size, rank=rank, **sampler_options)
-        return DataLoader(dataset, self.batch_size, sampler=sampler, collate_fn=lambda batch: batch)
+        return DataLoader(dataset, batch_size=self.batch_size, sampler=sampler, collate_fn=lambda batch: batch)

@@ -1,0 +1,91 @@
+"""The data module against torchvision's own way of reading the same files."""
+
+import hashlib
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision.datasets import MNIST
+from torchvision.transforms import Compose, Normalize, ToTensor
+
+from common.data import FILE_SIZES, MEAN, STD, MNISTDataModule
+from tests.conftest import DATA
+
+
+def test_committed_files_have_the_md5s_of_their_readme():
+    md5s = dict(re.findall(r"`(\S+\.gz)` \| `(\w+)`", Path(DATA, "README.md").read_text()))
+    assert len(md5s) == 4
+    for name, md5 in md5s.items():
+        assert hashlib.md5(Path(DATA, "MNIST/raw", name).read_bytes()).hexdigest() == md5
+
+
+def test_mean_and_std_are_those_of_the_training_pixels():
+    pixels = MNIST(DATA).data.double() / 255
+    assert round(pixels.mean().item(), 4) == MEAN
+    assert round(pixels.std().item(), 4) == STD
+
+
+def test_batches_equal_the_usual_transform_of_each_image(data: MNISTDataModule):
+    usual = MNIST(DATA, train=False, transform=Compose([ToTensor(), Normalize((MEAN,), (STD,))]))
+    images, labels = next(iter(data.test_dataloader()))
+    assert images.shape == (512, 1, 28, 28)
+    torch.testing.assert_close(images, torch.stack([usual[i][0] for i in range(512)]))
+    assert labels.tolist() == [usual[i][1] for i in range(512)]
+
+
+def test_split_is_disjoint_complete_and_the_same_for_every_seed(data: MNISTDataModule):
+    assert (len(data.train), len(data.val), len(data.test)) == (55_000, 5_000, 10_000)
+    other = MNISTDataModule(DATA, seed=1)
+    other.setup("fit")
+    assert torch.equal(data.val.images, other.val.images)
+    # Both parts together hold each image as often as the files do.
+    images = MNIST(DATA).data.flatten(1)
+    weights = torch.randint(2**40, (28 * 28,), generator=torch.Generator().manual_seed(0))
+    split = torch.cat([data.train.images, data.val.images]).mul(STD).add(MEAN).mul(255).round().long().flatten(1)
+    assert torch.equal((split * weights).sum(1).sort()[0], (images.long() * weights).sum(1).sort()[0])
+
+
+def test_training_order_is_a_function_of_seed_and_epoch(data: MNISTDataModule):
+    def order(seed: int, epoch: int) -> list[int]:
+        data.seed = seed
+        loader = data.train_dataloader()
+        loader.sampler.set_epoch(epoch)
+        return list(loader.sampler)
+
+    assert order(1, 0) == order(1, 0)
+    assert order(1, 0) != order(1, 1)
+    assert order(1, 0) != order(2, 0)
+    assert sorted(order(1, 0)) == list(range(55_000))
+
+
+def test_evaluation_order_is_that_of_the_files(data: MNISTDataModule):
+    for loader, dataset in ((data.val_dataloader(), data.val), (data.predict_dataloader(), data.test)):
+        assert torch.equal(torch.cat([labels for _, labels in loader]), dataset.labels)
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """A folder that holds the four original files only."""
+    shutil.copytree(Path(DATA, "MNIST/raw"), tmp_path / "MNIST/raw", ignore=lambda _, names: FILE_SIZES.keys() & names)
+    return tmp_path
+
+
+def test_prepare_data_mends_an_interrupted_extraction(copy: Path):
+    half = copy / "MNIST/raw/train-images-idx3-ubyte"
+    half.write_bytes(b"half a file")
+    MNISTDataModule(str(copy)).prepare_data()
+    assert {name: (half.parent / name).stat().st_size for name in FILE_SIZES} == FILE_SIZES
+    assert len(list(half.parent.iterdir())) == 8
+
+
+def test_damaged_file_is_reported_and_kept(copy: Path, monkeypatch: pytest.MonkeyPatch):
+    for proxy in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(proxy, "http://127.0.0.1:9")  # discard: whatever the network, the download fails
+    damaged = copy / "MNIST/raw/t10k-labels-idx1-ubyte.gz"
+    damaged.write_bytes(damaged.read_bytes()[:1000])
+    with pytest.raises(OSError, match="missing or damaged"):
+        MNISTDataModule(str(copy)).prepare_data()
+    assert damaged.stat().st_size == 1000
+    assert len(list(damaged.parent.iterdir())) == 4

@@ -1,0 +1,112 @@
+"""`main.py`, run as a user would run it."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.classifier import Classifier
+from tests.conftest import assert_one_line_error, read_events
+
+
+def test_short_training_logs_what_the_readme_promises(script, tmp_path: Path):
+    result = script("main.py", "--max_epochs", 1)
+    assert result.returncode == 0, result.stderr
+    assert "Warning" not in result.stderr
+    accuracy = float(re.search(r"test accuracy +([\d.]+)%", result.stdout)[1])
+    assert accuracy > 90
+    checkpoint = tmp_path / re.search(r"best checkpoint +(.+)", result.stdout)[1]
+    assert Classifier.load_from_checkpoint(checkpoint)(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
+    assert "tensorboard --logdir logs" in result.stdout
+
+    events = read_events(tmp_path / "logs/main/version_0")
+    tags = events.Tags()
+    promised = {f"{metric}/{stage}" for metric in ("loss", "accuracy") for stage in ("train", "val", "test")}
+    assert promised | {"f1/val", "f1/test", "lr-AdamW", "gradient_norm/model.layers.1.weight"} <= set(tags["scalars"])
+    assert {"gradient/model.layers.1.weight", "gradient/model.layers.7.bias"} <= set(tags["histograms"])
+    assert set(tags["images"]) == {"confusion/test", "mistakes/test"}
+    assert events.Scalars("accuracy/test")[0].value == pytest.approx(accuracy / 100, abs=1e-4)
+    # One-cycle: the learning rate rises to its peak and falls to almost nothing.
+    rates = [event.value for event in events.Scalars("lr-AdamW")]
+    assert rates[0] < max(rates) > 10 * rates[-1]
+
+
+def test_fast_dev_run_touches_every_stage_and_leaves_no_file(script, tmp_path: Path):
+    result = script("main.py", "--fast_dev_run")
+    assert result.returncode == 0, result.stderr
+    assert "test accuracy" in result.stdout
+    assert "Warning" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_overfit_batches_learns_its_batch_by_heart(script, tmp_path: Path):
+    result = script("main.py", "--overfit_batches", 1, "--max_epochs", 60, "--hidden_sizes", "[64]")
+    assert result.returncode == 0, result.stderr
+    assert "Warning" not in result.stderr
+    events = read_events(tmp_path / "logs/main/version_0")
+    accuracies = [event.value for event in events.Scalars("accuracy/train")]
+    assert len(accuracies) == 60
+    assert accuracies[0] < 0.5
+    assert accuracies[-1] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("profiler", "words"), [("simple", "run_training_epoch"), ("advanced", "cumtime"), ("pytorch", "aten::addmm")]
+)
+def test_profiler_reports(script, profiler: str, words: str):
+    result = script("main.py", "--profiler", profiler, "--fast_dev_run", 3)
+    assert result.returncode == 0, result.stderr
+    assert words in result.stdout + result.stderr
+
+
+def test_two_processes_agree_with_one_on_the_same_weights(script, tmp_path: Path):
+    two = script(
+        "main.py", "--max_epochs", 1, "--accelerator", "cpu", "--devices", 2, "--strategy", "ddp", "--log_dir", "two"
+    )
+    assert two.returncode == 0, two.stderr
+    assert two.stdout.count("test accuracy") == 1
+    [run] = (tmp_path / "two/main").iterdir()
+    assert len(list((run / "checkpoints").iterdir())) == 2  # the best and the last, written once
+    of_two = read_events(run)
+    # 55,000 images for 2 processes in batches of 512.
+    assert of_two.Scalars("accuracy/train")[0].step == 54 - 1
+
+    # Going on from a finished run trains no further, so that one process tests these very weights.
+    one = script("main.py", "--max_epochs", 1, "--ckpt_path", run / "checkpoints/last.ckpt", "--log_dir", "one")
+    assert one.returncode == 0, one.stderr
+    of_one = read_events(tmp_path / "one/main/version_0")
+    assert of_one.Scalars("accuracy/test")[0].value == of_two.Scalars("accuracy/test")[0].value
+    assert of_one.Scalars("loss/test")[0].value == pytest.approx(of_two.Scalars("loss/test")[0].value, rel=1e-6)
+
+
+def test_help_names_every_option(script):
+    result = script("main.py", "--help")
+    assert result.returncode == 0
+    for option in ("hidden_sizes", "strategy", "precision", "fast_dev_run", "overfit_batches", "profiler", "ckpt_path"):
+        assert f"--{option}" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--max_epochs", "many"], ["--max_epochs", "PositiveInt"]),
+        (["--batch_size", "0"], ["--batch_size", "v>0"]),
+        (["--hidden_sizes", "[512,-1]"], ["--hidden_sizes", "v>0"]),
+        (["--learning_rate", "1.5"], ["--learning_rate", "v<1"]),
+        (["--dropout", "1"], ["--dropout", "v<1"]),
+        (["--weight_decay", "-1"], ["--weight_decay", "v>=0"]),
+        (["--accelerator", "abacus"], ["--accelerator", "'cpu', 'gpu'"]),
+        (["--activation", "step"], ["--activation", "'relu', 'gelu'"]),
+        (["--profiler", "slow"], ["--profiler", "'simple'"]),
+        (["--devices", "none"], ["--devices", "PositiveInt", "'auto'"]),
+        (["--epochs", "3"], ["unrecognized", "--epochs"]),
+        (["--seed"], ["--seed"]),
+        (["--ckpt_path", "nowhere.ckpt"], ["nowhere.ckpt"]),
+        (["--log_dir", "/proc/logs"], ["/proc/logs"]),
+        (["--data_dir", "/proc/data"], ["/proc/data"]),
+    ],
+    ids=lambda value: value[0].removeprefix("--") if value[0].startswith("--") else "",
+)
+def test_bad_input_is_one_line(script, options: list[str], words: list[str]):
+    assert_one_line_error(script("main.py", *options), *words)
