@@ -13,5 +13,10 @@ warnings.filterwarnings("ignore", ".*requested to overfit but enabled .* dataloa
 warnings.filterwarnings("ignore", ".*is smaller than the logging interval")
 # Lightning calls what PyTorch has deprecated; the next release of Lightning may not.
 warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated")
+# Optuna calls its pictures and its retries experimental; requirements.txt bounds the version.
+warnings.filterwarnings("ignore", ".* is (an )?experimental")
+# A study of few trials makes poor pictures, but they improve as it goes on.
+warnings.filterwarnings("ignore", "Attempting to set identical low and high .*lims")
+warnings.filterwarnings("ignore", "The number of trials is too small|Some regimes for parameter")
 # Advertisements for other packages.
 logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.msg)

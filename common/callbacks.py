@@ -1,6 +1,6 @@
 """The callbacks: what is measured and drawn while the Lightning module trains, without a line in the module."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
 import pytorch_lightning as pl
@@ -11,6 +11,9 @@ from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 from torchmetrics import CatMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix, MulticlassF1Score
+
+if TYPE_CHECKING:
+    import optuna
 
 
 class MetricsCallback(pl.Callback):
@@ -118,7 +121,7 @@ class GradientHistogramCallback(pl.Callback):
         every_n_steps: histograms at every step would cost more than the training.
     """
 
-    def __init__(self, every_n_steps: int = 100) -> None:
+    def __init__(self, every_n_steps: int = 200) -> None:
         self.every_n_steps = every_n_steps
         self.enabled = True
 
@@ -137,6 +140,45 @@ class GradientHistogramCallback(pl.Callback):
             return
         writer = trainer.logger.experiment
         for name, parameter in pl_module.named_parameters():
-            if parameter.grad is not None and parameter.grad.isfinite().all():
+            norm = parameter.grad.norm() if parameter.grad is not None else torch.tensor(torch.nan)
+            if norm.isfinite():  # a histogram of anything else raises
                 writer.add_histogram(f"gradient/{name}", parameter.grad, trainer.global_step, bins=64)
-                writer.add_scalar(f"gradient_norm/{name}", parameter.grad.norm(), trainer.global_step)
+                writer.add_scalar(f"gradient_norm/{name}", norm, trainer.global_step)
+
+
+class PruningCallback(pl.Callback):
+    """Reports a metric of each validation to an Optuna trial and stops a training that its pruner has no hope for.
+
+    It stops the Trainer like EarlyStopping, on all processes together; the trial's user attribute `pruned` then tells
+    the objective to raise `optuna.TrialPruned`. Optuna's own callback for Lightning is made for the package
+    `lightning`, whose Callback is another class than that of `pytorch_lightning`.
+    """
+
+    def __init__(self, trial: "optuna.Trial", monitor: str) -> None:
+        self.trial, self.monitor = trial, monitor
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
+        prune = False
+        if trainer.is_global_zero:
+            self.trial.report(trainer.callback_metrics[self.monitor].item(), step=trainer.current_epoch)
+            prune = bool(self.trial.should_prune())
+            self.trial.set_user_attr("pruned", prune)
+        trainer.should_stop |= trainer.strategy.broadcast(prune)
+
+
+class FiniteLossCallback(pl.Callback):
+    """Ends a training whose loss is no longer a finite number, which no later step would mend.
+
+    Raises:
+        FloatingPointError: naming the step and the last checkpoint, whose weights are from before.
+    """
+
+    def on_train_batch_end(self, trainer, pl_module, outputs: dict[str, Tensor], batch: Any, batch_idx: int) -> None:
+        if not outputs["loss"].isfinite():
+            last = getattr(trainer.checkpoint_callback, "last_model_path", "") or "none yet"
+            raise FloatingPointError(
+                f"the loss is {outputs['loss'].item()} at step {trainer.global_step}; last good checkpoint: {last}."
+                " A lower learning_rate may help."
+            )

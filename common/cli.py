@@ -44,5 +44,5 @@ def run(main: Callable[..., object]) -> None:
 
     try:
         main(**options)
-    except (OSError, MisconfigurationException) as error:
+    except (OSError, FloatingPointError, MisconfigurationException) as error:
         parser.error(str(error))

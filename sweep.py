@@ -1,0 +1,325 @@
+"""Searches the hyperparameters of `main.py` with Optuna, from one process to many machines.
+
+python sweep.py
+python sweep.py --workers 2
+python sweep.py --storage postgresql+psycopg://user@host/database    (the same command on each machine)
+"""
+
+import logging
+import multiprocessing
+import os
+import shlex
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
+
+from common.cli import run
+
+if TYPE_CHECKING:
+    import optuna
+
+
+def suggest_hyperparameters(trial: "optuna.Trial") -> dict[str, Any]:
+    """The search space. The keys are options of `main.py`."""
+    depth = trial.suggest_int("depth", 1, 3)
+    return {
+        "hidden_sizes": [trial.suggest_int(f"hidden_size_{layer}", 64, 512, step=64) for layer in range(depth)],
+        "activation": trial.suggest_categorical("activation", ["relu", "gelu", "tanh"]),
+        "dropout": trial.suggest_float("dropout", 0.0, 0.4),
+        "learning_rate": trial.suggest_float("learning_rate", 1e-4, 5e-2, log=True),
+        "weight_decay": trial.suggest_float("weight_decay", 1e-4, 1.0, log=True),
+        "batch_size": trial.suggest_categorical("batch_size", [256, 512, 1024]),
+    }
+
+
+def objective(trial: "optuna.Trial", data, folder: str, max_epochs: int, patience: int, seed: int, **hardware) -> float:
+    """Trains one trial as `main.py` would and returns its best validation accuracy, in [0, 1].
+
+    Raises:
+        optuna.TrialPruned: if the pruner stopped it.
+        FloatingPointError: if its loss was not finite.
+    """
+    import optuna
+    import pytorch_lightning as pl
+    from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
+    from pytorch_lightning.loggers import TensorBoardLogger
+
+    from common.callbacks import FiniteLossCallback, MetricsCallback, PruningCallback
+    from common.classifier import Classifier
+    from common.model import MLP
+
+    chosen = suggest_hyperparameters(trial)
+    pl.seed_everything(seed, verbose=False)
+
+    data.batch_size = chosen["batch_size"]  # the images themselves stay loaded from trial to trial
+    model = MLP(chosen["hidden_sizes"], chosen["activation"], chosen["dropout"])
+    classifier = Classifier(model, chosen["learning_rate"], chosen["weight_decay"])
+
+    checkpoint = ModelCheckpoint(monitor="accuracy/val", mode="max", save_weights_only=True)
+    callbacks = [
+        MetricsCallback(),
+        FiniteLossCallback(),
+        EarlyStopping(monitor="accuracy/val", mode="max", patience=patience),
+        PruningCallback(trial, monitor="accuracy/val"),
+        checkpoint,
+    ]
+    logger = TensorBoardLogger(folder, name="", version=f"trial_{trial.number}", default_hp_metric=False)
+    trainer = pl.Trainer(
+        max_epochs=max_epochs,
+        logger=logger,
+        callbacks=callbacks,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **hardware,
+    )
+    trainer.fit(classifier, data)
+
+    accuracy = max(trial.study.get_trials(deepcopy=False)[trial.number].intermediate_values.values())
+    logger.log_hyperparams(trial.params, {"accuracy/best": accuracy})
+    logger.save()
+    trial.set_user_attr("checkpoint", checkpoint.best_model_path)
+    trial.set_user_attr("steps", trainer.global_step)
+    if trial.user_attrs["pruned"]:
+        raise optuna.TrialPruned
+    return accuracy
+
+
+def open_study(storage: str, study_name: str, max_epochs: int) -> "optuna.Study":
+    """Creates the study or joins it.
+
+    Raises:
+        MisconfigurationException: if the storage cannot be opened, or holds a study that asks for something else.
+    """
+    import optuna
+    from pytorch_lightning.utilities.exceptions import MisconfigurationException
+    from sqlalchemy.exc import ArgumentError, OperationalError
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # the progress bar says it all
+    try:
+        # A worker that has not been heard of for 15 seconds is taken for dead, and its trial is run again.
+        retry = optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=3)
+        database = optuna.storages.RDBStorage(
+            storage, heartbeat_interval=5, grace_period=15, heartbeat_stale_trial_callback=retry
+        )
+        # Of the pruners tried on recorded trials, it saved the most epochs for the same best accuracy: see the README.
+        pruner = optuna.pruners.MedianPruner(n_startup_trials=3)
+        study = optuna.create_study(
+            storage=database, study_name=study_name, pruner=pruner, direction="maximize", load_if_exists=True
+        )
+    except ArgumentError as error:
+        raise MisconfigurationException(f"--storage {storage}: no database URL such as sqlite:///file.db") from error
+    except ImportError as error:
+        message = (
+            f"--storage {storage}: its driver is missing; for PostgreSQL: pip install -r requirements-postgresql.txt"
+        )
+        raise MisconfigurationException(message) from error
+    except OperationalError as error:
+        raise MisconfigurationException(f"--storage {storage}: {str(error.orig).splitlines()[0]}") from error
+
+    # Trials of another length or from another space cannot be compared with ours.
+    if study.user_attrs.setdefault("max_epochs", max_epochs) != max_epochs:
+        raise MisconfigurationException(
+            f"study {study_name!r} has max_epochs {study.user_attrs['max_epochs']}; take another --study_name"
+        )
+    study.set_user_attr("max_epochs", max_epochs)
+    blank = optuna.create_study()
+    blank.enqueue_trial({"depth": 3})
+    suggest_hyperparameters(ours := blank.ask())
+    for trial in study.get_trials(deepcopy=False):
+        for name, distribution in trial.distributions.items():
+            if ours.distributions.get(name) != distribution:
+                raise MisconfigurationException(
+                    f"study {study_name!r} has another search space ({name}: {distribution}); take another --study_name"
+                )
+    return study
+
+
+def opened_trials(study: "optuna.Study") -> list["optuna.trial.FrozenTrial"]:
+    """The trials that count: all but the retries of killed ones and those that a worker opened one too many."""
+    from optuna.storages import RetryHeartbeatStaleTrialCallback as Retry
+
+    trials = study.get_trials(deepcopy=False)
+    return [
+        trial for trial in trials if Retry.retried_trial_number(trial) is None and not trial.user_attrs.get("extra")
+    ]
+
+
+def work(study_options: dict, n_trials: int, deadline: float, threads: int, options: dict, show_bar: bool) -> None:
+    """Runs trials until the study has `n_trials`, together with whoever else works on it."""
+    import optuna
+    import torch
+    from optuna.trial import TrialState
+    from tqdm import tqdm
+
+    from common.data import MNISTDataModule
+
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)  # it would introduce each trial anew
+    torch.set_num_threads(threads)
+    study = open_study(**study_options)
+    data = MNISTDataModule(options.pop("data_dir"), seed=options["seed"])
+
+    def numbered_objective(trial: optuna.Trial) -> float:
+        # Seeded by the trial's number, so that neither a continued study nor a second worker repeats suggestions.
+        study.sampler = optuna.samplers.TPESampler(seed=options["seed"] + trial.number, constant_liar=True)
+        opened = [other.number for other in opened_trials(study)]
+        if trial.number in opened[n_trials:]:
+            # Two workers opened the last trial at the same moment; the later one steps back.
+            trial.set_user_attr("extra", True)
+            raise RuntimeError("the study has its trials")
+        try:
+            return objective(trial, data, **options)
+        except optuna.TrialPruned:
+            raise
+        except Exception as error:
+            trial.set_user_attr("error", str(error))
+            raise
+
+    with tqdm(total=n_trials, unit="trial", disable=not show_bar) as bar:
+        while time.time() < deadline:
+            trials = study.get_trials(deepcopy=False)
+            unfinished = [trial for trial in trials if not trial.state.is_finished()]
+            opened = len(opened_trials(study))
+            bar.n = max(0, min(opened, n_trials) - len(unfinished))
+            bar.set_postfix({"best": max([trial.value for trial in trials if trial.value], default=None)})
+            if opened < n_trials or any(trial.state == TrialState.WAITING for trial in unfinished):
+                study.optimize(numbered_objective, n_trials=1, catch=Exception)
+            elif unfinished:
+                time.sleep(1)  # until the other workers are done, or one of them is taken for dead
+                optuna.storages.fail_stale_trials(study)
+            else:
+                break
+
+
+def main(
+    n_trials: PositiveInt = 20,
+    timeout: PositiveFloat = float("inf"),
+    workers: PositiveInt = 1,
+    storage: str | None = None,
+    study_name: str = "mnist",
+    max_epochs: PositiveInt = 5,
+    patience: PositiveInt = 3,
+    accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = "auto",
+    devices: PositiveInt = 1,
+    seed: NonNegativeInt = 42,
+    data_dir: str = "data",
+    log_dir: str = "logs",
+) -> None:
+    """Search hyperparameters for the MLP on MNIST; the same command again continues the study.
+
+    Args:
+        n_trials: Trials of the study in all, whoever runs them.
+        timeout: Seconds after which no trial is started any more.
+        workers: Processes on this machine, each with its share of the cores.
+        storage: Database URL of the study; one SQLite file in log_dir if none is given.
+        study_name: Name of the study in the storage.
+        max_epochs: Passes over the training images of a trial that is not stopped before.
+        patience: Epochs without a better validation accuracy after which a trial stops early.
+        accelerator: Kind of device to train on.
+        devices: How many of them each trial uses.
+        seed: Of the suggestions, the initial weights, the order of the images and dropout.
+        data_dir: Folder of the MNIST files.
+        log_dir: Folder for the storage, logs, checkpoints and pictures.
+    """
+    from common.data import MNISTDataModule
+
+    folder = Path(log_dir, "sweep", study_name)
+    folder.mkdir(parents=True, exist_ok=True)
+    MNISTDataModule(data_dir).prepare_data()
+    study_options = {
+        "storage": storage or f"sqlite:///{Path(log_dir, 'sweep', 'optuna.db')}",
+        "study_name": study_name,
+        "max_epochs": max_epochs,
+    }
+    study = open_study(**study_options)
+
+    hardware = {"accelerator": accelerator, "devices": devices, "strategy": "ddp_spawn" if devices > 1 else "auto"}
+    options = {"folder": str(folder), "max_epochs": max_epochs, "patience": patience, "seed": seed, **hardware}
+    threads = max(1, (os.cpu_count() or 1) // (workers * devices))
+    arguments = (study_options, n_trials, time.time() + timeout, threads, options | {"data_dir": data_dir})
+    # Processes and not Optuna's n_jobs, whose threads would share the interpreter and the random state.
+    context = multiprocessing.get_context("spawn")
+    others = [context.Process(target=work, args=(*arguments, False)) for _ in range(workers - 1)]
+    for process in others:
+        process.start()
+    try:
+        work(*arguments, show_bar=True)
+    except (KeyboardInterrupt, SystemExit):  # Lightning turns Ctrl-C in a training into SystemExit
+        print("\ninterrupted; the same command continues the study")
+        for process in others:
+            process.terminate()
+    for process in others:
+        process.join()
+    report(study, folder, data_dir)
+
+
+def report(study: "optuna.Study", folder: Path, data_dir: str) -> None:
+    """Prints the best trials, draws the study, and tests the best trial's checkpoint, once in the study's life."""
+    import pytorch_lightning as pl
+    from optuna.trial import TrialState
+
+    from common.callbacks import MetricsCallback
+    from common.classifier import Classifier
+    from common.data import MNISTDataModule
+
+    trials = study.get_trials(deepcopy=False)
+    counts = {state.name.lower(): sum(trial.state == state for trial in trials) for state in TrialState}
+    print("\ntrials: " + ", ".join(f"{count} {state}" for state, count in counts.items() if count))
+    for trial in trials:
+        if "error" in trial.user_attrs:
+            print(f"trial {trial.number} failed: {trial.user_attrs['error']}")
+    complete = sorted((trial for trial in trials if trial.state == TrialState.COMPLETE), key=lambda trial: -trial.value)
+    if not complete:
+        return
+
+    print("\n trial  val accuracy  hyperparameters")
+    for trial in complete[:5]:
+        print(f"{trial.number:6}  {trial.value:12.2%}  {command_line(trial)}")
+    draw(study, folder)
+
+    best = complete[0]
+    tested = f"test accuracy of trial {best.number}"  # remembered, so that a continued study does not test it again
+    if tested not in study.user_attrs and Path(best.user_attrs["checkpoint"]).exists():
+        classifier = Classifier.load_from_checkpoint(best.user_attrs["checkpoint"])
+        trainer = pl.Trainer(callbacks=[MetricsCallback()], logger=False, enable_progress_bar=False)
+        [test] = trainer.test(classifier, MNISTDataModule(data_dir), verbose=False)
+        study.set_user_attr(tested, test["accuracy/test"])
+    if tested in study.user_attrs:
+        print(f"\n{tested}: {study.user_attrs[tested]:.2%}")
+    print(f"pictures, logs:   {folder}\nto look at them:  tensorboard --logdir {folder}")
+    print(f"full length:      python main.py {command_line(best)}")
+
+
+def command_line(trial: "optuna.trial.FrozenTrial") -> str:
+    """The options with which `main.py` trains what the trial trained."""
+    from optuna.trial import FixedTrial
+
+    chosen = suggest_hyperparameters(FixedTrial(trial.params))
+    return " ".join(f"--{name} {shlex.quote(str(value).replace(' ', ''))}" for name, value in chosen.items())
+
+
+def draw(study: "optuna.Study", folder: Path) -> None:
+    """Saves Optuna's pictures of the study as PNG files."""
+    import matplotlib.pyplot as plt
+    from optuna.importance import PedAnovaImportanceEvaluator
+    from optuna.visualization import matplotlib as plots
+
+    # Parameters of every trial only: most trials have no third layer.
+    shared = ["learning_rate", "batch_size", "depth", "hidden_size_0", "activation", "dropout", "weight_decay"]
+    pictures = {
+        "history": lambda: plots.plot_optimization_history(study),
+        "intermediate_values": lambda: plots.plot_intermediate_values(study),
+        "parallel_coordinate": lambda: plots.plot_parallel_coordinate(study, params=shared),
+        # Not Optuna's default evaluator, which needs scikit-learn.
+        "importances": lambda: plots.plot_param_importances(study, evaluator=PedAnovaImportanceEvaluator()),
+    }
+    for name, plot in pictures.items():
+        figure = plot().figure
+        figure.set_size_inches(9, 5)
+        figure.savefig(folder / f"{name}.png", dpi=100, bbox_inches="tight")
+        plt.close(figure)
+
+
+if __name__ == "__main__":
+    run(main)
