@@ -76,12 +76,13 @@ def objective(trial: "optuna.Trial", data, folder: str, max_epochs: int, patienc
     )
     trainer.fit(classifier, data)
 
-    accuracy = max(trial.study.get_trials(deepcopy=False)[trial.number].intermediate_values.values())
+    # From the storage, as with several devices it was another process that wrote it there.
+    recorded = trial.study.get_trials(deepcopy=False)[trial.number]
+    accuracy = max(recorded.intermediate_values.values())
     logger.log_hyperparams(trial.params, {"accuracy/best": accuracy})
     logger.save()
     trial.set_user_attr("checkpoint", checkpoint.best_model_path)
-    trial.set_user_attr("steps", trainer.global_step)
-    if trial.user_attrs["pruned"]:
+    if recorded.user_attrs["pruned"]:
         raise optuna.TrialPruned
     return accuracy
 

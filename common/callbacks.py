@@ -165,6 +165,7 @@ class PruningCallback(pl.Callback):
             self.trial.report(trainer.callback_metrics[self.monitor].item(), step=trainer.current_epoch)
             prune = bool(self.trial.should_prune())
             self.trial.set_user_attr("pruned", prune)
+            self.trial.set_user_attr("steps", trainer.global_step)
         trainer.should_stop |= trainer.strategy.broadcast(prune)
 
 

@@ -1,4 +1,4 @@
-"""Measures what the README says of speed: `python -m tests.benchmark`, about five minutes on 2 cores.
+"""Measures what the README says of speed: `python -m tests.benchmark`, about ten minutes on 2 cores.
 
 Machines are noisy, so programs that are compared take turns in one process, and what counts is the ratio of medians.
 """
@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import optuna
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import MNIST
 from torchvision.transforms import Compose, Normalize, ToTensor
 
+import sweep
 from common.callbacks import GradientHistogramCallback, MetricsCallback
 from common.classifier import Classifier
 from common.data import MEAN, STD, MNISTDataModule
@@ -143,15 +145,69 @@ def alternate(rounds: int, **programs: Callable[[], float]) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def main() -> None:
-    """Prints a Markdown table of medians and ratios."""
+def trials_a_minute(workers: int) -> float:
+    """Trials a minute of a sweep, from the start of its first to the end of its last."""
+    folder = tempfile.mkdtemp()
+    command("sweep.py", "--n_trials", "8", "--max_epochs", "3", "--workers", str(workers), "--log_dir", folder)
+    study = optuna.load_study(study_name="mnist", storage=f"sqlite:///{folder}/sweep/optuna.db")
+    trials = [trial for trial in study.trials if trial.state.is_finished()]
+    start, end = min(trial.datetime_start for trial in trials), max(trial.datetime_complete for trial in trials)
+    return 60 * len(trials) / (end - start).total_seconds()
+
+
+class TimedDataModule(MNISTDataModule):
+    """Adds up the seconds that loading takes."""
+
+    loading = 0.0
+
+    def setup(self, stage: str) -> None:
+        start = time.perf_counter()
+        super().setup(stage)
+        self.loading += time.perf_counter() - start
+
+
+def sweep_steps(stop_early: bool) -> tuple[int, float, float]:
+    """Training steps and best accuracy of 20 trials, and the largest share of its time that a trial spent loading."""
+    study = optuna.create_study(
+        direction="maximize", pruner=sweep.pruner() if stop_early else optuna.pruners.NopPruner()
+    )
+    data, shares = TimedDataModule(DATA), []
+    data.setup("fit")  # a worker's first trial pays for this
+
+    def objective(trial: optuna.Trial) -> float:
+        study.sampler = optuna.samplers.TPESampler(seed=trial.number)
+        start, loaded = time.perf_counter(), data.loading
+        try:
+            options = {"max_epochs": 5, "patience": 3 if stop_early else 5, "seed": 0, "accelerator": "cpu"}
+            return sweep.objective(trial, data, tempfile.mkdtemp(), **options)
+        finally:
+            shares.append((data.loading - loaded) / (time.perf_counter() - start))
+
+    study.optimize(objective, n_trials=20)
+    return sum(trial.user_attrs["steps"] for trial in study.trials), study.best_value, max(shares)
+
+
+def sweeps() -> None:
+    """Prints what workers, pruning and shared data do for a sweep."""
+    rate = alternate(2, one=lambda: trials_a_minute(1), two=lambda: trials_a_minute(2))
+    (steps, best, share), (all_steps, all_best, _) = sweep_steps(True), sweep_steps(False)
+    print("\n| sweep | | ratio |\n| --- | --- | --- |")
+    print(f"| 1 worker of 2 threads | {rate['one']:.1f} trials a minute | 1.00 |")
+    print(f"| 2 workers of 1 thread | {rate['two']:.1f} trials a minute | {rate['two'] / rate['one']:.2f} |")
+    print(f"| 20 trials at full length | {all_steps} steps, best {all_best:.2%} | 1.00 |")
+    print(f"| pruned and stopped early | {steps} steps, best {best:.2%} | {steps / all_steps:.2f} |")
+    print(f"| loading, of a trial's time at most | {share:.1%} | |")
+
+
+def steps() -> None:
+    """Prints what a training step and a whole run take, ours and others'."""
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     data = MNISTDataModule(DATA, BATCH_SIZE)
     data.prepare_data()
     data.setup("fit")
 
     step = alternate(
-        7,
+        5,
         usual=usual_step,
         bare=lambda: bare_step(data),
         ours=lambda: our_step(data, callbacks=True),
@@ -181,4 +237,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    steps()
+    sweeps()

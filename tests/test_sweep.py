@@ -20,6 +20,7 @@ from optuna.storages import RetryHeartbeatStaleTrialCallback
 from optuna.trial import TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
+from sweep import suggest_hyperparameters
 from tests.conftest import DATA, ROOT, assert_one_line_error, read_events
 
 SHORT = ("--max_epochs", 1)
@@ -160,16 +161,20 @@ def test_trial_on_two_processes_is_pruned_on_both(script, tmp_path: Path):
     (tmp_path / "logs/sweep").mkdir(parents=True)
     study = optuna.create_study(storage=sqlite(tmp_path), study_name="mnist", direction="maximize")
     fixed = {"depth": 1, "hidden_size_0": 64, "activation": "relu", "dropout": 0.0, "weight_decay": 0.01}
-    for accuracy in (0.9, 0.91, 0.92):  # trials to compare with
-        reference = study.ask(fixed_distributions={})
-        reference.report(accuracy, step=0)
-        study.tell(reference, accuracy)
+    for accuracy in (0.9, 0.91, 0.92):  # trials to compare with, as another machine would have left them
+        study.enqueue_trial({**fixed, "batch_size": 1024, "learning_rate": 1e-2})
+        trial = study.ask()
+        suggest_hyperparameters(trial)
+        trial.set_user_attr("checkpoint", "on/another/machine.ckpt")
+        trial.report(accuracy, step=0)
+        study.tell(trial, accuracy)
     study.enqueue_trial({**fixed, "batch_size": 1024, "learning_rate": 1e-4})
     options = ("--n_trials", 4, "--max_epochs", 5, "--accelerator", "cpu", "--devices", 2)
     result = script("sweep.py", *options)
     assert result.returncode == 0, result.stderr
     pruned = load(sqlite(tmp_path)).trials[3]
     assert pruned.state == TrialState.PRUNED, pruned.user_attrs
+    assert "test accuracy" not in result.stdout
     assert pruned.user_attrs["steps"] == 27  # one of five epochs of 55,000 images on 2 processes
 
 
