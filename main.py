@@ -28,6 +28,7 @@ def main(
     fast_dev_run: NonNegativeInt | bool = False,
     overfit_batches: NonNegativeInt = 0,
     profiler: Literal["simple", "advanced", "pytorch"] | None = None,
+    activation_histograms: bool = False,
     seed: NonNegativeInt = 42,
     data_dir: str = "data",
     log_dir: str = "logs",
@@ -52,6 +53,7 @@ def main(
         fast_dev_run: Run this many batches of each stage, or true for one, without logs and checkpoints.
         overfit_batches: Train on this many batches only, to see whether the model can learn them by heart.
         profiler: Report where the time goes.
+        activation_histograms: Record what each layer puts out, and the gradients that come back to it.
         seed: Of the initial weights, the order of the images and dropout.
         data_dir: Folder of the MNIST files.
         log_dir: Folder for logs and checkpoints.
@@ -65,7 +67,7 @@ def main(
     from pytorch_lightning.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
     from pytorch_lightning.loggers import TensorBoardLogger
 
-    from common.callbacks import GradientHistogramCallback, MetricsCallback
+    from common.callbacks import ActivationHistogramCallback, GradientHistogramCallback, MetricsCallback
     from common.classifier import Classifier
     from common.data import MNISTDataModule
     from common.model import MLP
@@ -86,6 +88,8 @@ def main(
         checkpoint,
         TQDMProgressBar(refresh_rate=20),
     ]
+    if activation_histograms:
+        callbacks.append(ActivationHistogramCallback())
     trainer = pl.Trainer(
         max_epochs=max_epochs,
         accelerator=accelerator,
