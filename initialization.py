@@ -8,16 +8,17 @@ tensorboard --logdir logs/initialization
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 from typing import Any, Literal
 
 import matplotlib.pyplot as plt
 import numpy as np
-from jsonargparse.typing import NonNegativeInt, OpenUnitInterval, PositiveInt
+from jsonargparse.typing import OpenUnitInterval, PositiveInt
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from common.cli import run
+from common.cli import Seed, run
 
 # The schemes to compare, and the colour of each in every picture. Their functions are in common/model.py.
 COLORS = {
@@ -67,7 +68,7 @@ def main(
     steps: PositiveInt = 300,
     learning_rate: OpenUnitInterval = 0.01,
     batch_size: PositiveInt = 128,
-    seed: NonNegativeInt = 42,
+    seed: Seed = 42,
     data_dir: str = "data",
     log_dir: str = "logs",
 ) -> list[Result]:
@@ -121,6 +122,7 @@ def main(
     images, _ = next(iter(data.train_dataloader()))
 
     folder = Path(log_dir, "initialization")
+    folder.mkdir(parents=True, exist_ok=True)
     shown_layers = sorted({round(layer) for layer in np.linspace(1, depth, 5)})
     results = []
     # dict.fromkeys drops what is named twice.
@@ -235,6 +237,7 @@ def draw_depth(results: list[Result]) -> Figure:
     figure, axes = plt.subplots(2, len(activations), figsize=(9, 8), squeeze=False, layout="constrained")
     for row, what in enumerate(labels):
         for axis, activation in zip(axes[row], activations, strict=True):
+            nowhere = []
             for result in results:
                 if result.activation == activation:
                     layers = range(1, len(result.stds[what]) + 1)
@@ -242,11 +245,14 @@ def draw_depth(results: list[Result]) -> Figure:
                         layers, above_zero(result.stds[what]), color=COLORS[result.scheme], linewidth=4, alpha=0.7
                     )
                     axis.plot(layers, above_zero(result.theory[what]), "k--", linewidth=0.8)
+                    if not any(result.stds[what][:-1]):
+                        nowhere.append(result.scheme)
             axis.set_yscale("log")
             # What explodes or vanishes leaves the picture, so that the rest can be told apart.
             bottom, top = axis.get_ylim()
             low, high = (1e-6, 1e4) if what == "signals" else (1e-9, 1e1)
-            axis.set(ylim=(max(bottom, low), min(top, high)), title=activation, xlabel="layer")
+            axis.set(ylim=(max(bottom, low), min(top, high)), title=activation)
+            axis.set_xlabel(with_notes("layer", {"0 in all hidden layers": nowhere}))
             axis.xaxis.get_major_locator().set_params(integer=True)
             axis.grid(alpha=0.3)
         axes[row, 0].set_ylabel(labels[what])
@@ -257,24 +263,21 @@ def draw_depth(results: list[Result]) -> Figure:
 def draw_curves(results: list[Result]) -> Figure:
     """Draws the training loss of each step, smoothed."""
     activations = list(dict.fromkeys(result.activation for result in results))
-    figure, axes = plt.subplots(1, len(activations), figsize=(9, 5), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(1, len(activations), figsize=(9, 5.2), squeeze=False, layout="constrained")
     for axis, activation in zip(axes[0], activations, strict=True):
-        stuck, diverged = [], []
+        stuck, overflown = [], []
         for result in results:
             if result.activation == activation:
                 window = min(10, len(result.losses))
                 smooth = np.convolve(result.losses, np.full(window, 1 / window), mode="valid")
                 axis.plot(np.arange(len(smooth)) + window, smooth, color=COLORS[result.scheme])
                 if not np.isfinite(smooth).all():
-                    diverged.append(result.scheme)
+                    overflown.append(result.scheme)
                 elif np.allclose(smooth, math.log(10), rtol=0.02):
                     stuck.append(result.scheme)
-        # Their lines hide each other.
-        notes = {"stay at ln 10": stuck, "overflow": diverged}
-        text = "\n".join(f"{note}: {', '.join(schemes)}" for note, schemes in notes.items() if schemes)
-        axis.set_title(text, loc="left", fontsize=8, wrap=True)
         axis.axhline(math.log(10), color="black", linewidth=0.8, linestyle=":")
-        axis.set(ylim=(0, 2 * math.log(10)), title=activation, xlabel="step")
+        axis.set(ylim=(0, 2 * math.log(10)), title=activation)
+        axis.set_xlabel(with_notes("step", {"stay at ln 10": stuck, "overflow": overflown}))
         axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel("training loss, mean of 10 steps")
     draw_legend(figure, results, Line2D([], [], color="black", linewidth=0.8, linestyle=":", label="ln 10, chance"))
@@ -285,6 +288,11 @@ def draw_legend(figure: Figure, results: list[Result], last: Line2D) -> None:
     schemes = dict.fromkeys(result.scheme for result in results)
     handles = [Line2D([], [], color=COLORS[scheme], linewidth=4, label=scheme) for scheme in schemes]
     figure.legend(handles=[*handles, last], loc="outside lower center", ncols=5, fontsize=9)
+
+
+def with_notes(label: str, notes: dict[str, list[str]]) -> str:
+    """Adds to an axis label what has no visible line, or one hidden by others: {note: schemes}."""
+    return "\n".join([label, *(fill(f"{note}: {', '.join(names)}", 60) for note, names in notes.items() if names)])
 
 
 def above_zero(values: list[float]) -> list[float]:

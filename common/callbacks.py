@@ -117,7 +117,7 @@ def has_histograms(trainer: pl.Trainer, callback: pl.Callback) -> bool:
     if hasattr(getattr(trainer.logger, "experiment", None), "add_histogram"):
         return True
     rank_zero_warn(
-        f"{type(callback).__name__} logs nothing: {type(trainer.logger).__name__} has no add_histogram."
+        f"{type(callback).__name__} records nothing: {type(trainer.logger).__name__} has no add_histogram."
         " TensorBoardLogger has."
     )
     return False
