@@ -113,7 +113,8 @@ def main(
         raise MisconfigurationException("there is nothing to compare: schemes or activations is empty")
     # Each Trainer would say which devices there are and why it has stopped.
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
-    # A second thread makes layers this narrow slower: on 2 cores 3.7 s a run instead of 1.7 s.
+    # In layers this narrow threads mostly wait for each other: on 2 cores, one of them busy with another program, a run
+    # took 2.3 s with one thread and over 30 s with two.
     torch.set_num_threads(1)
 
     data = MNISTDataModule(data_dir, batch_size, seed)

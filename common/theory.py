@@ -44,9 +44,9 @@ def backward_moments(
 ) -> Tensor:
     """Second moment δ² of the loss's gradient with respect to the pre-activations, from the last layer to the first.
 
-    δ² of a layer = E[φ'(√q z)²] · fan_out·Var(w) · δ² of the layer after it, the latter two of the layer after it
-    (Schoenholz et al. 2017, section 4, where the factor is called χ₁; for ReLU He et al. 2015, equation 12). It assumes
-    furthermore that the weights on the way back are independent of those on the way forward.
+    δ² ← E[φ'(√q z)²] · fan_out·Var(w) · δ², with q of the layer and, on the right, weights and δ² of the layer after it
+    (Schoenholz et al. 2017, section 4, whose χ₁ the first two factors are; for ReLU He et al. 2015, equation 12). It
+    also assumes that the weights on the way back are independent of those on the way forward.
 
     Args:
         activation: φ, elementwise.

@@ -27,8 +27,10 @@ LN_10 = math.log(10)
 
 
 @pytest.fixture(autouse=True)
-def _same_number_of_threads():
+def _one_thread():
+    """As in the script, for the same reason; the other test files get back what they had."""
     threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 
