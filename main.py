@@ -10,7 +10,7 @@ from typing import Literal
 
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, OpenUnitInterval, PositiveInt
 
-from common.cli import Share, run
+from common.cli import Seed, Share, run
 
 
 def main(
@@ -31,7 +31,8 @@ def main(
     fast_dev_run: NonNegativeInt | bool = False,
     overfit_batches: NonNegativeInt = 0,
     profiler: Literal["simple", "advanced", "pytorch"] | None = None,
-    seed: NonNegativeInt = 42,
+    activation_histograms: bool = False,
+    seed: Seed = 42,
     data_dir: str = "data",
     log_dir: str = "logs",
     ckpt_path: str | None = None,
@@ -56,6 +57,7 @@ def main(
         fast_dev_run: Run this many batches of each stage, or true for one, without logs and checkpoints.
         overfit_batches: Train on this many batches only, to see whether the model can learn them by heart.
         profiler: Report where the time goes.
+        activation_histograms: Record what each layer puts out, and the gradients that come back to it.
         seed: Of the initial weights, the order of the images and dropout.
         data_dir: Folder of the MNIST files.
         log_dir: Folder for logs and checkpoints.
@@ -69,7 +71,12 @@ def main(
     from pytorch_lightning.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
     from pytorch_lightning.loggers import TensorBoardLogger
 
-    from common.callbacks import FiniteLossCallback, GradientHistogramCallback, MetricsCallback
+    from common.callbacks import (
+        ActivationHistogramCallback,
+        FiniteLossCallback,
+        GradientHistogramCallback,
+        MetricsCallback,
+    )
     from common.checkpoints import ResumeCallback, WholeCheckpointIO, open_run
     from common.classifier import Classifier
     from common.data import MNISTDataModule
@@ -105,6 +112,8 @@ def main(
         last,
         TQDMProgressBar(refresh_rate=20),
     ]
+    if activation_histograms:
+        callbacks.append(ActivationHistogramCallback())
     trainer = pl.Trainer(
         max_epochs=max_epochs,
         accelerator=accelerator,

@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
+from jsonargparse.typing import PositiveFloat, PositiveInt
 
-from common.cli import run
+from common.cli import Seed, run
 
 if TYPE_CHECKING:
     import optuna
@@ -163,7 +163,7 @@ def work(study_options: dict, n_trials: int, deadline: float, threads: int, opti
 
     def numbered_objective(trial: optuna.Trial) -> float:
         # Seeded by the trial's number, so that neither a continued study nor a second worker repeats suggestions.
-        study.sampler = optuna.samplers.TPESampler(seed=options["seed"] + trial.number, constant_liar=True)
+        study.sampler = optuna.samplers.TPESampler(seed=(options["seed"] + trial.number) % 2**32, constant_liar=True)
         opened = [other.number for other in opened_trials(study)]
         if trial.number in opened[n_trials:]:
             # Two workers opened the last trial at the same moment; the later one steps back.
@@ -203,7 +203,7 @@ def main(
     patience: PositiveInt = 3,
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = "auto",
     devices: PositiveInt = 1,
-    seed: NonNegativeInt = 42,
+    seed: Seed = 42,
     data_dir: str = "data",
     log_dir: str = "logs",
 ) -> None:

@@ -1,5 +1,6 @@
 """The callbacks: what is measured and drawn while the Lightning module trains, without a line in the module."""
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
@@ -8,9 +9,12 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from pytorch_lightning.utilities import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from torchmetrics import CatMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix, MulticlassF1Score
+
+from common.model import ACTIVATIONS
 
 if TYPE_CHECKING:
     import optuna
@@ -111,9 +115,28 @@ class MetricsCallback(pl.Callback):
         return figure
 
 
-class GradientHistogramCallback(pl.Callback):
-    """Records each parameter's gradient as the histogram `gradient/{name}` and the scalar `gradient_norm/{name}`.
+def has_histograms(trainer: pl.Trainer, callback: pl.Callback) -> bool:
+    """Tells whether the logger's own object draws histograms, as TensorBoard's SummaryWriter does; warns if not."""
+    if hasattr(getattr(trainer.logger, "experiment", None), "add_histogram"):
+        return True
+    rank_zero_warn(
+        f"{type(callback).__name__} records nothing: {type(trainer.logger).__name__} has no add_histogram."
+        " TensorBoardLogger has."
+    )
+    return False
 
+
+def measure(what: str, name: str, values: Tensor) -> dict[str, float]:
+    """Returns `{what}_mean/{name}` and `{what}_std/{name}` of the values."""
+    # In double precision, because the squares of what explodes would overflow sooner than the values.
+    std, mean = torch.std_mean(values.double(), correction=0)
+    return {f"{what}_mean/{name}": mean.item(), f"{what}_std/{name}": std.item()}
+
+
+class GradientHistogramCallback(pl.Callback):
+    """Records each parameter's gradient: the histogram `gradient/{name}` and its norm, mean and standard deviation.
+
+    The scalars are `gradient_norm/{name}`, `gradient_mean/{name}` and `gradient_std/{name}`.
     It calls `trainer.logger.experiment`, the logger's own object (here TensorBoard's SummaryWriter), as one does for
     all that `self.log` has no word for. With a logger that has no histograms it warns once and does nothing.
 
@@ -126,12 +149,7 @@ class GradientHistogramCallback(pl.Callback):
         self.enabled = True
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.enabled = hasattr(getattr(trainer.logger, "experiment", None), "add_histogram")
-        if not self.enabled:
-            rank_zero_warn(
-                f"GradientHistogramCallback records nothing: {type(trainer.logger).__name__} has no add_histogram."
-                " TensorBoardLogger has."
-            )
+        self.enabled = has_histograms(trainer, self)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
@@ -144,6 +162,8 @@ class GradientHistogramCallback(pl.Callback):
             if norm.isfinite():  # a histogram of anything else raises
                 writer.add_histogram(f"gradient/{name}", parameter.grad, trainer.global_step, bins=64)
                 writer.add_scalar(f"gradient_norm/{name}", norm, trainer.global_step)
+                for tag, value in measure("gradient", name, parameter.grad).items():
+                    writer.add_scalar(tag, value, trainer.global_step)
 
 
 class PruningCallback(pl.Callback):
@@ -184,3 +204,108 @@ class FiniteLossCallback(pl.Callback):
                 f"the loss is {outputs['loss'].item()} at step {trainer.global_step}; last good checkpoint:"
                 f" {saved[-1] if saved else 'none yet'}. A lower learning_rate may help."
             )
+
+
+class ActivationHistogramCallback(pl.Callback):
+    """Records what goes through each layer in training, forwards and backwards, by forward hooks.
+
+    `{what}/{name}` is a histogram, `{what}_mean/{name}` and `{what}_std/{name}` are scalars, where `what` is
+
+    - `preactivation`: what an `nn.Linear` puts out,
+    - `backpropagated`: the gradient of the loss with respect to that, which is what vanishes or explodes with depth;
+      `GradientHistogramCallback` has the gradients of the weights. With precision 16-mixed, that of the scaled loss.
+    - `activation`: what an activation puts out. Of a ReLU `activation_dead/{name}` is the share of units that are 0 for
+      all images of the batch, of a tanh `activation_saturated/{name}` the share of outputs beyond ±0.99, where the
+      slope is less than 2 %.
+
+    Args:
+        every_n_steps: as of `GradientHistogramCallback`.
+
+    Attributes:
+        history: the same scalars, as `history[step]["activation_std/{name}"]`.
+        first_values: the tensors (batch, units) of the first recorded step, as `first_values["activation/{name}"]`.
+    """
+
+    def __init__(self, every_n_steps: int = 50) -> None:
+        self.every_n_steps = every_n_steps
+        self.enabled = self.recording = False
+        self.history: dict[int, dict[str, float]] = {}
+        self.first_values: dict[str, Tensor] = {}
+        self.handles: list[RemovableHandle] = []
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.enabled = has_histograms(trainer, self)
+        for name, module in pl_module.named_modules():
+            if isinstance(module, nn.Linear):
+                self.handles.append(module.register_forward_hook(partial(self._record_linear, trainer, name)))
+            elif isinstance(module, tuple(ACTIVATIONS.values())):
+                self.handles.append(module.register_forward_hook(partial(self._record_activation, trainer, name)))
+
+    # Lightning calls teardown after a fit that went well, and on_exception instead of it after one that did not.
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._remove_hooks()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._remove_hooks()
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        # With accumulated gradients several batches share a step; the first one stands for them.
+        first = batch_idx % trainer.accumulate_grad_batches == 0
+        self.recording = trainer.is_global_zero and first and trainer.global_step % self.every_n_steps == 0
+
+    def on_train_batch_end(self, trainer, pl_module, outputs: dict[str, Tensor], batch: Any, batch_idx: int) -> None:
+        self.recording = False
+
+    def _record_linear(
+        self, trainer: pl.Trainer, name: str, module: nn.Module, inputs: tuple[Tensor], output: Tensor
+    ) -> None:
+        if self.recording:
+            self._record(trainer, "preactivation", name, output.detach())
+            output.register_hook(lambda gradient: self._record(trainer, "backpropagated", name, gradient))
+
+    def _record_activation(
+        self, trainer: pl.Trainer, name: str, module: nn.Module, inputs: tuple[Tensor], output: Tensor
+    ) -> None:
+        if self.recording:
+            self._record(trainer, "activation", name, output.detach())
+            scalars = {}
+            if isinstance(module, nn.ReLU):
+                scalars[f"activation_dead/{name}"] = (output == 0).all(dim=0).float().mean().item()
+            elif isinstance(module, nn.Tanh):
+                scalars[f"activation_saturated/{name}"] = (output.abs() > 0.99).float().mean().item()
+            self._write(trainer, scalars)
+
+    def _record(self, trainer: pl.Trainer, what: str, name: str, values: Tensor) -> None:
+        if trainer.global_step == min(self.history, default=trainer.global_step):
+            self.first_values[f"{what}/{name}"] = values
+        self._write(trainer, measure(what, name, values))
+        if self.enabled and values.isfinite().all():
+            trainer.logger.experiment.add_histogram(f"{what}/{name}", values, trainer.global_step, bins=64)
+
+    def _write(self, trainer: pl.Trainer, scalars: dict[str, float]) -> None:
+        self.history.setdefault(trainer.global_step, {}).update(scalars)
+        if self.enabled:
+            for tag, value in scalars.items():
+                trainer.logger.experiment.add_scalar(tag, value, trainer.global_step)
+
+    def _remove_hooks(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+
+
+class LossCurveCallback(pl.Callback):
+    """Logs the training loss of each step as `loss/step` and keeps them all in `losses`; `losses[0]` is that at step 0.
+
+    `self.log(..., on_step=True)` would log them too, but keep only the last one.
+    """
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs: dict[str, Tensor], batch: Any, batch_idx: int) -> None:
+        if trainer.logger:
+            trainer.logger.log_metrics({"loss/step": outputs["loss"].item()}, step=len(self.losses))
+        self.losses.append(outputs["loss"].item())

@@ -76,3 +76,14 @@ class Classifier(pl.LightningModule):
             optimizer, max_lr=self.hparams.learning_rate, total_steps=int(self.trainer.estimated_stepping_batches)
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class SGDClassifier(Classifier):
+    """The same with stochastic gradient descent and momentum 0.9 at a constant learning rate.
+
+    It shows what initialisation does. AdamW divides each weight's gradient by its usual size and so hides how small or
+    how large the gradients are.
+    """
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=self.hparams.learning_rate, momentum=0.9)

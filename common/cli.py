@@ -10,6 +10,8 @@ from jsonargparse.typing import restricted_number_type
 
 # Of units to drop or of a target to smooth: none is allowed, all is not.
 Share = restricted_number_type("Share", float, [(">=", 0), ("<", 1)])
+# NumPy's generator takes no other seeds.
+Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**32)])
 
 
 class OneLineParser(ArgumentParser):
