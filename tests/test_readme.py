@@ -16,7 +16,8 @@ from tests.conftest import DATA, ROOT
 README = (ROOT / "README.md").read_text()
 # Of each block: the comment above it, its language, its text, and what follows "prints" after it.
 BLOCK = re.compile(
-    r"(?:<!-- (?P<mark>.+?) -->\n)?^```(?P<language>\w+)\n(?P<text>.*?)^```$(?:\n\nprints\n\n```text\n(?P<output>.*?)```)?",
+    r"(?:<!-- (?P<mark>.+?) -->\n)?^```(?P<language>\w+)\n(?P<text>.*?)^```$"
+    r"(?:\n\nprints\n\n```text\n(?P<output>.*?)```)?",
     re.MULTILINE | re.DOTALL,
 )
 BLOCKS = [match.groupdict() | {"line": README[: match.start()].count("\n") + 1} for match in BLOCK.finditer(README)]
@@ -26,7 +27,7 @@ PROSE = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
 INLINE = re.findall(r"(?<!`)`([^`\n]+)`(?!`)", PROSE)
 # Started with these settings at the end, of which the last one of a name counts.
 SMALL = {
-    "main.py": "--max_epochs 1",
+    "main.py": "--max_epochs 1 --hidden_sizes [32]",
     "sweep.py": "--max_epochs 1 --n_trials 2",
     "initialization.py": "--depth 2 --width 8 --steps 2",
 }
@@ -63,6 +64,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_python_block_runs(block: dict, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     monkeypatch.chdir(folder)
     threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in test_command_runs
     exec(compile(block["text"], f"README.md, block of line {block['line']}", "exec"), {"__name__": "readme"})
     torch.set_num_threads(threads)
     if block["output"]:
