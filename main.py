@@ -4,6 +4,8 @@ python main.py
 python main.py --help
 """
 
+import sys
+from pathlib import Path
 from typing import Literal
 
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, OpenUnitInterval, PositiveInt
@@ -23,6 +25,7 @@ def main(
     patience: PositiveInt = 5,
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps", "tpu"] = "auto",
     devices: PositiveInt | Literal["auto"] = "auto",
+    num_nodes: PositiveInt = 1,
     strategy: Literal["auto", "ddp", "ddp_spawn", "ddp_notebook"] = "auto",
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"] = "32-true",
     fast_dev_run: NonNegativeInt | bool = False,
@@ -47,6 +50,7 @@ def main(
         patience: Epochs without a better validation accuracy after which to stop early.
         accelerator: Kind of device to train on.
         devices: How many of them.
+        num_nodes: Machines with that many devices each.
         strategy: How several devices work together.
         precision: Of the calculation; "mixed" keeps the weights in 32 bits.
         fast_dev_run: Run this many batches of each stage, or true for one, without logs and checkpoints.
@@ -55,7 +59,7 @@ def main(
         seed: Of the initial weights, the order of the images and dropout.
         data_dir: Folder of the MNIST files.
         log_dir: Folder for logs and checkpoints.
-        ckpt_path: Checkpoint to go on from.
+        ckpt_path: Checkpoint to go on from, or last for that of the newest run in log_dir.
 
     Returns:
         Test accuracy of the checkpoint with the best validation accuracy, in [0, 1].
@@ -65,7 +69,8 @@ def main(
     from pytorch_lightning.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
     from pytorch_lightning.loggers import TensorBoardLogger
 
-    from common.callbacks import GradientHistogramCallback, MetricsCallback
+    from common.callbacks import FiniteLossCallback, GradientHistogramCallback, MetricsCallback
+    from common.checkpoints import ResumeCallback, WholeCheckpointIO, open_run
     from common.classifier import Classifier
     from common.data import MNISTDataModule
     from common.model import MLP
@@ -76,37 +81,57 @@ def main(
     model = MLP(hidden_sizes, activation, dropout)
     classifier = Classifier(model, learning_rate, weight_decay, label_smoothing)
 
-    # Lightning writes the last checkpoint even in a fast_dev_run, which is to leave no files.
-    checkpoint = ModelCheckpoint(monitor="accuracy/val", mode="max", save_last=not fast_dev_run)
+    # What is wrong with the files shows before anything is written.
+    data.prepare_data()
+    resume = ckpt_path == "last"
+    if ckpt_path and not resume:
+        WholeCheckpointIO().load_checkpoint(ckpt_path)
+    version, last_ckpt, steps = open_run(Path(log_dir, "main"), resume) if not fast_dev_run else (0, None, 0)
+    # What TensorBoard has seen of the steps after the checkpoint, the resumed run does again.
+    logger = TensorBoardLogger(log_dir, name="main", version=version, default_hp_metric=False, purge_step=steps)
+
+    best = ModelCheckpoint(monitor="accuracy/val", mode="max", save_on_train_epoch_end=True)
+    # Not save_last=True, which saves only when there is a new best.
+    last = ModelCheckpoint(filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
     callbacks = [
         MetricsCallback(),
         GradientHistogramCallback(),
         LearningRateMonitor(logging_interval="step"),
         # Learning a batch by heart is meant to ruin validation, so that must not stop it.
         EarlyStopping(monitor="accuracy/val", mode="max", patience=max_epochs if overfit_batches else patience),
-        checkpoint,
+        FiniteLossCallback(),
+        ResumeCallback(),
+        best,
+        last,
         TQDMProgressBar(refresh_rate=20),
     ]
     trainer = pl.Trainer(
         max_epochs=max_epochs,
         accelerator=accelerator,
         devices=devices,
+        num_nodes=num_nodes,
         strategy=strategy,
         precision=precision,
         fast_dev_run=fast_dev_run,
         overfit_batches=overfit_batches,
         profiler=profiler,
-        logger=TensorBoardLogger(log_dir, name="main", default_hp_metric=False),
+        logger=logger,
         log_every_n_steps=10,
         callbacks=callbacks,
+        plugins=[WholeCheckpointIO()],
     )
-    trainer.fit(classifier, data, ckpt_path=ckpt_path)
-    test = trainer.test(classifier, data, ckpt_path=checkpoint.best_model_path or None, verbose=False)
+    try:
+        trainer.fit(classifier, data, ckpt_path=last_ckpt if resume else ckpt_path)
+    except (KeyboardInterrupt, SystemExit):  # what Lightning makes of Ctrl-C and of SIGTERM
+        if trainer.is_global_zero:
+            print(f"\nstopped; --ckpt_path last goes on from {last.best_model_path or 'the start'}")
+        sys.exit(1)
+    test = trainer.test(classifier, data, ckpt_path=best.best_model_path or None, verbose=False)
 
     if trainer.is_global_zero:
         print(f"\ntest accuracy    {test[0]['accuracy/test']:.2%}")
-        if checkpoint.best_model_path:
-            print(f"best checkpoint  {checkpoint.best_model_path}")
+        if best.best_model_path:
+            print(f"best checkpoint  {best.best_model_path}")
             print(f"logs             {trainer.logger.log_dir}")
             print(f"to look at them  tensorboard --logdir {log_dir}")
     return test[0]["accuracy/test"]

@@ -316,7 +316,9 @@ def draw(study: "optuna.Study", folder: Path) -> None:
     }
     for name, plot in pictures.items():
         figure = plot().figure
-        figure.set_size_inches(9, 5)
+        figure.set_size_inches(11, 5)
+        for axis in figure.axes:
+            axis.grid(False)  # one grid for each parameter would hide the trials
         figure.savefig(folder / f"{name}.png", dpi=100, bbox_inches="tight")
         plt.close(figure)
 

@@ -177,8 +177,9 @@ class FiniteLossCallback(pl.Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs: dict[str, Tensor], batch: Any, batch_idx: int) -> None:
         if not outputs["loss"].isfinite():
-            last = getattr(trainer.checkpoint_callback, "last_model_path", "") or "none yet"
+            # A checkpoint callback that monitors nothing calls the latest its best.
+            saved = [callback.best_model_path for callback in trainer.checkpoint_callbacks if callback.best_model_path]
             raise FloatingPointError(
-                f"the loss is {outputs['loss'].item()} at step {trainer.global_step}; last good checkpoint: {last}."
-                " A lower learning_rate may help."
+                f"the loss is {outputs['loss'].item()} at step {trainer.global_step}; last good checkpoint:"
+                f" {saved[-1] if saved else 'none yet'}. A lower learning_rate may help."
             )

@@ -5,6 +5,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from common.model import MLP
@@ -61,6 +62,11 @@ class Classifier(pl.LightningModule):
         # Lightning averages the counts too, and 10,000 images on 3 processes as integers come to 3,333 each.
         self.log(f"loss/{stage}", loss, on_step=False, on_epoch=True, batch_size=float(len(y)), sync_dist=True)
         return {"loss": loss, "y": y, "y_pred": y_pred.detach()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        theirs, ours = checkpoint["hyper_parameters"]["model"], self.hparams.model
+        if theirs != ours:
+            raise MisconfigurationException(f"the checkpoint's model is {theirs}, this one is {ours}")
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = torch.optim.AdamW(

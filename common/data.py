@@ -122,4 +122,9 @@ class MNISTDataModule(pl.LightningDataModule):
         # in a resumed run (Lightning calls set_epoch), and evaluation counts each sample once.
         world_size, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         sampler = sampler_class(dataset, num_replicas=world_size, rank=rank, **sampler_options)
-        return DataLoader(dataset, batch_size=self.batch_size, sampler=sampler, collate_fn=lambda batch: batch)
+        # A loader draws a seed whenever it is iterated: from a generator of its own, so that a resumed run, which
+        # iterates less often, has the same random numbers for dropout.
+        generator = torch.Generator()
+        return DataLoader(
+            dataset, batch_size=self.batch_size, sampler=sampler, generator=generator, collate_fn=lambda batch: batch
+        )

@@ -4,10 +4,14 @@ import re
 from pathlib import Path
 
 import pytest
+import pytorch_lightning as pl
 import torch
 
+from common.callbacks import MetricsCallback
 from common.classifier import Classifier
-from tests.conftest import assert_one_line_error, read_events
+from common.data import MNISTDataModule
+from tests.conftest import DATA, assert_one_line_error, read_events
+from tests.test_classifier import QUIET
 
 
 def test_short_training_logs_what_the_readme_promises(script, tmp_path: Path):
@@ -72,12 +76,12 @@ def test_two_processes_agree_with_one_on_the_same_weights(script, tmp_path: Path
     # 55,000 images for 2 processes in batches of 512.
     assert of_two.Scalars("accuracy/train")[0].step == 54 - 1
 
-    # Going on from a finished run trains no further, so that one process tests these very weights.
-    one = script("main.py", "--max_epochs", 1, "--ckpt_path", run / "checkpoints/last.ckpt", "--log_dir", "one")
-    assert one.returncode == 0, one.stderr
-    of_one = read_events(tmp_path / "one/main/version_0")
-    assert of_one.Scalars("accuracy/test")[0].value == of_two.Scalars("accuracy/test")[0].value
-    assert of_one.Scalars("loss/test")[0].value == pytest.approx(of_two.Scalars("loss/test")[0].value, rel=1e-6)
+    [best] = (run / "checkpoints").glob("epoch=*.ckpt")
+    classifier = Classifier.load_from_checkpoint(best)
+    [of_one] = pl.Trainer(callbacks=[MetricsCallback()], **QUIET).test(classifier, MNISTDataModule(DATA), verbose=False)
+    for name in ("accuracy/test", "f1/test", "loss/test"):
+        assert of_two.Scalars(name)[0].value == pytest.approx(of_one[name], rel=1e-6)
+    assert len(of_two.Images("confusion/test")) == len(of_two.Images("mistakes/test")) == 1
 
 
 def test_help_names_every_option(script):
@@ -99,6 +103,23 @@ def test_help_names_every_option(script):
         (["--accelerator", "abacus"], ["--accelerator", "'cpu', 'gpu'"]),
         (["--activation", "step"], ["--activation", "'relu', 'gelu'"]),
         (["--profiler", "slow"], ["--profiler", "'simple'"]),
+        (["--max_epochs", "0"], ["--max_epochs", "v>0"]),
+        (["--max_epochs", "2.5"], ["--max_epochs", "PositiveInt"]),
+        (["--batch_size", "-5"], ["--batch_size", "v>0"]),
+        (["--hidden_sizes", "512"], ["--hidden_sizes", "list"]),
+        (["--hidden_sizes", "[a]"], ["--hidden_sizes", "PositiveInt"]),
+        (["--learning_rate", "0"], ["--learning_rate", "v>0"]),
+        (["--learning_rate", "nan"], ["--learning_rate", "v>0"]),
+        (["--dropout", "-0.1"], ["--dropout", "v>=0"]),
+        (["--label_smoothing", "1"], ["--label_smoothing", "v<1"]),
+        (["--patience", "0"], ["--patience", "v>0"]),
+        (["--num_nodes", "0"], ["--num_nodes", "v>0"]),
+        (["--strategy", "prayer"], ["--strategy", "'ddp'"]),
+        (["--precision", "8"], ["--precision", "'32-true'"]),
+        (["--fast_dev_run", "-1"], ["--fast_dev_run", "v>=0"]),
+        (["--overfit_batches", "-1"], ["--overfit_batches", "v>=0"]),
+        (["--seed", "-1"], ["--seed", "v>=0"]),
+        (["10"], ["unrecognized", "10"]),
         (["--devices", "none"], ["--devices", "PositiveInt", "'auto'"]),
         (["--epochs", "3"], ["unrecognized", "--epochs"]),
         (["--seed"], ["--seed"]),
@@ -108,5 +129,6 @@ def test_help_names_every_option(script):
     ],
     ids=lambda value: value[0].removeprefix("--") if value[0].startswith("--") else "",
 )
-def test_bad_input_is_one_line(script, options: list[str], words: list[str]):
+def test_bad_input_is_one_line(script, tmp_path: Path, options: list[str], words: list[str]):
     assert_one_line_error(script("main.py", *options), *words)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -156,6 +156,23 @@ def test_hopeless_trials_are_pruned_and_broken_ones_recorded(script, tmp_path: P
     assert "trial 4 failed: the loss is nan at step" in result.stdout
 
 
+def test_trial_on_two_processes_is_pruned_on_both(script, tmp_path: Path):
+    (tmp_path / "logs/sweep").mkdir(parents=True)
+    study = optuna.create_study(storage=sqlite(tmp_path), study_name="mnist", direction="maximize")
+    fixed = {"depth": 1, "hidden_size_0": 64, "activation": "relu", "dropout": 0.0, "weight_decay": 0.01}
+    for accuracy in (0.9, 0.91, 0.92):  # trials to compare with
+        reference = study.ask(fixed_distributions={})
+        reference.report(accuracy, step=0)
+        study.tell(reference, accuracy)
+    study.enqueue_trial({**fixed, "batch_size": 1024, "learning_rate": 1e-4})
+    options = ("--n_trials", 4, "--max_epochs", 5, "--accelerator", "cpu", "--devices", 2)
+    result = script("sweep.py", *options)
+    assert result.returncode == 0, result.stderr
+    pruned = load(sqlite(tmp_path)).trials[3]
+    assert pruned.state == TrialState.PRUNED, pruned.user_attrs
+    assert pruned.user_attrs["steps"] == 27  # one of five epochs of 55,000 images on 2 processes
+
+
 def test_interrupt_ends_with_the_results_so_far(tmp_path: Path):
     command = [sys.executable, str(ROOT / "sweep.py"), "--data_dir", DATA, "--n_trials", "50", "--max_epochs", "1"]
     sweeping = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -177,6 +194,13 @@ def test_interrupt_ends_with_the_results_so_far(tmp_path: Path):
     ("options", "words"),
     [
         (["--n_trials", "0"], ["--n_trials", "v>0"]),
+        (["--n_trials", "some"], ["--n_trials", "PositiveInt"]),
+        (["--max_epochs", "0"], ["--max_epochs", "v>0"]),
+        (["--patience", "0"], ["--patience", "v>0"]),
+        (["--devices", "0"], ["--devices", "v>0"]),
+        (["--accelerator", "abacus"], ["--accelerator", "'cpu'"]),
+        (["--seed", "-3"], ["--seed", "v>=0"]),
+        (["--trials", "3"], ["unrecognized", "--trials"]),
         (["--workers", "-1"], ["--workers", "v>0"]),
         (["--timeout", "0"], ["--timeout", "v>0"]),
         (["--storage", "carrier-pigeon://loft"], ["carrier-pigeon"]),
