@@ -8,6 +8,7 @@ import sys
 from functools import cache
 from pathlib import Path
 
+import optuna
 import pytest
 import torch
 
@@ -150,7 +151,8 @@ def test_classes_and_functions_named_exist():
     # "`name` in `file`" is said in prose.
     for name, file in re.findall(r"`(\w+)`(?: \w+)? in\s+`([\w./]+\.py)`", PROSE):
         assert re.search(rf"^\s*(def|class) {name}\b|^{name}\b", (ROOT / file).read_text(), re.MULTILINE), name
-    assert {name for name in ours if not re.search(rf"\b{name}\b", source)} == set()
+    elsewhere = {name for name in ours if hasattr(optuna.study, name)}
+    assert {name for name in ours - elsewhere if not re.search(rf"\b{name}\b", source)} == set()
 
 
 def test_benchmark_table_is_what_the_benchmark_prints():
