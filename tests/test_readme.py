@@ -1,0 +1,167 @@
+"""The README: its code runs or stands in the repository, its commands run, what it names is there."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import optuna
+import pytest
+import torch
+
+from tests.conftest import DATA, ROOT
+
+README = (ROOT / "README.md").read_text()
+# Of each block: the comment above it, its language, its text, and what follows "prints" after it.
+BLOCK = re.compile(
+    r"(?:<!-- (?P<mark>.+?) -->\n)?^```(?P<language>\w+)\n(?P<text>.*?)^```$"
+    r"(?:\n\nprints\n\n```text\n(?P<output>.*?)```)?",
+    re.MULTILINE | re.DOTALL,
+)
+BLOCKS = [match.groupdict() | {"line": README[: match.start()].count("\n") + 1} for match in BLOCK.finditer(README)]
+PYTHON = [block for block in BLOCKS if block["language"] == "python"]
+COMMANDS = [line for block in BLOCKS if block["language"] == "sh" for line in block["text"].splitlines()]
+PROSE = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
+INLINE = re.findall(r"(?<!`)`([^`\n]+)`(?!`)", PROSE)
+# Started with these settings at the end, of which the last one of a name counts.
+SMALL = {
+    "main.py": "--max_epochs 1 --hidden_sizes [32]",
+    "sweep.py": "--max_epochs 1 --n_trials 2",
+    "initialization.py": "--depth 2 --width 8 --steps 2",
+}
+# What is not run, and why.
+LEFT_OUT = {
+    "pip install": "the tests' environment is complete, and tests need no network",
+    "tensorboard": "a server, which does not end",
+    "optuna-dashboard": "a server, which does not end",
+    "torchrun": "needs four GPUs or several machines",
+    "--accelerator gpu": "needs a GPU",
+    "--storage postgresql": "tests/test_sweep.py starts a server and runs it",
+    "-m pytest": "would start itself",
+    "-m tests.benchmark": "takes minutes; run by hand",
+}
+
+
+def by_line(block: dict) -> str:
+    return f"line {block['line']}"
+
+
+def runnable(command: str) -> bool:
+    return not any(words in command for words in LEFT_OUT)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the reader's commands run one after the other, as some go on from what earlier ones have left."""
+    folder = tmp_path_factory.mktemp("reader")
+    (folder / "data").symlink_to(DATA)
+    return folder
+
+
+@pytest.mark.parametrize("block", [block for block in PYTHON if not block["mark"]], ids=by_line)
+def test_python_block_runs(block: dict, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    monkeypatch.chdir(folder)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in test_command_runs
+    exec(compile(block["text"], f"README.md, block of line {block['line']}", "exec"), {"__name__": "readme"})
+    torch.set_num_threads(threads)
+    if block["output"]:
+        assert block["output"].strip() in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("block", [block for block in PYTHON if block["mark"]], ids=by_line)
+def test_marked_python_block_stands_in_its_file(block: dict):
+    assert block["text"] in (ROOT / block["mark"].removeprefix("from ")).read_text()
+
+
+@cache
+def outputs() -> dict[str, str]:
+    """What each command has printed, filled by the tests in the README's order."""
+    return {}
+
+
+@pytest.mark.parametrize("command", dict.fromkeys(filter(runnable, COMMANDS)))
+def test_command_runs(command: str, folder: Path):
+    python, name, *options = shlex.split(command)
+    assert python == "python"
+    words = [sys.executable, str(ROOT / name), *options, *SMALL[name].split()]
+    # One thread each: tests share the cores with whatever else runs.
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        words, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert "Warning" not in result.stderr
+    outputs()[command] = result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(
+    "block", [block for block in BLOCKS if (block["mark"] or "").startswith("output")], ids=by_line
+)
+def test_excerpt_has_the_words_of_the_output(block: dict):
+    """Numbers differ with machine and settings, words must not."""
+    call = block["mark"].removeprefix("output of ")
+    printed = [text for command, text in outputs().items() if all(word in command for word in call.split())]
+    if not printed:
+        pytest.skip("its command has not run")
+    words = set(re.findall(r"[A-Za-z_]{4,}", re.sub(r"\S+/\S+|'.*?'|--\S+", "", block["text"])))
+    # With few trials and small settings some counts and names do not occur.
+    missing = {word for word in words if not any(word in text for text in printed)} - {"pruned", "gelu", "relu", "tanh"}
+    assert not missing
+
+
+@cache
+def options_of(script: str) -> set[str]:
+    shown = subprocess.run([sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True, check=True)
+    return set(re.findall(r"--\w+", shown.stdout))
+
+
+@pytest.mark.parametrize("command", dict.fromkeys([*COMMANDS, *(text for text in INLINE if " " in text)]))
+def test_options_of_commands_exist(command: str):
+    match = re.search(r"(\w+\.py)( .*)?$", command)
+    if match and match[1] in SMALL:
+        assert set(re.findall(r"--\w+", match[2] or "")) <= options_of(match[1])
+
+
+def test_every_other_option_named_exists():
+    named = {option for text in INLINE if not text.startswith("python") for option in re.findall(r"--\w+", text)}
+    assert named <= set.union(*(options_of(script) for script in SMALL))
+
+
+def test_files_and_links_exist():
+    files = {text for text in INLINE if re.fullmatch(r"(common|tests|docs|data)/[\w./]*|\w+\.py", text)}
+    pictures_and_links = set(re.findall(r"\]\((?!http)([^#)\s]+)\)", PROSE))
+    assert {name for name in files | pictures_and_links if not (ROOT / name).exists()} == set()
+    headings = re.findall(r"^#+ (.+)$", PROSE, flags=re.MULTILINE)
+    anchors = {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
+    assert {link for link in re.findall(r"\]\(#([^)]+)\)", PROSE) if link not in anchors} == set()
+    assert {path.name for path in (ROOT / "docs").iterdir()} == {
+        Path(name).name for name in pictures_and_links if name.startswith("docs/")
+    }
+
+
+def test_classes_and_functions_named_exist():
+    source = "\n".join(
+        path.read_text() for path in [*ROOT.glob("*.py"), *ROOT.glob("common/*.py"), *ROOT.glob("tests/*.py")]
+    )
+    ours = {text for text in INLINE if re.fullmatch(r"[A-Z]\w*(Callback|Classifier|DataModule)|MLP|[A-Z]{6,}", text)}
+    # "`name` in `file`" is said in prose.
+    for name, file in re.findall(r"`(\w+)`(?: \w+)? in\s+`([\w./]+\.py)`", PROSE):
+        assert re.search(rf"^\s*(def|class) {name}\b|^{name}\b", (ROOT / file).read_text(), re.MULTILINE), name
+    elsewhere = {name for name in ours if hasattr(optuna.study, name)}
+    assert {name for name in ours - elsewhere if not re.search(rf"\b{name}\b", source)} == set()
+
+
+def test_benchmark_table_is_what_the_benchmark_prints():
+    table = re.search(r"<!-- benchmark -->\n(.+?)<!-- /benchmark -->", README, flags=re.DOTALL)[1]
+    printed = (ROOT / "tests/benchmark.py").read_text()
+    header, _, *rows = table.splitlines()
+    assert header in printed
+    assert [
+        name for name in (row.split(" | ")[0].removeprefix("| ") for row in rows) if f'"{name}"' not in printed
+    ] == []
+    for row in rows:
+        assert re.search(r"\| [\d.]+ m?s \| [\d.]+ \|$", row)
