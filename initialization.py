@@ -3,6 +3,8 @@
 python initialization.py
 python initialization.py --depth 30 --activations '[relu]' --schemes '[xavier_normal, kaiming_normal]'
 tensorboard --logdir logs/initialization
+
+The README's section "Initialisation" explains it.
 """
 
 import math

@@ -2,6 +2,9 @@
 
 python main.py
 python main.py --help
+
+The README's parts 1 to 5 explain it in the order in which `main` builds it, "Trainer facilities" its options.
+Warnings that are known to be harmless are filtered in `common/__init__.py`.
 """
 
 import sys

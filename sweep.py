@@ -3,6 +3,8 @@
 python sweep.py
 python sweep.py --workers 2
 python sweep.py --storage postgresql+psycopg://user@host/database    (the same command on each machine)
+
+The README's section "Tuning" explains it.
 """
 
 import logging
@@ -104,7 +106,8 @@ def open_study(storage: str, study_name: str, max_epochs: int) -> "optuna.Study"
         database = optuna.storages.RDBStorage(
             storage, heartbeat_interval=5, grace_period=15, heartbeat_stale_trial_callback=retry
         )
-        # Of the pruners tried on recorded trials, it saved the most epochs for the same best accuracy: see the README.
+        # Replayed on 30 recorded trials in 20 orders, this pruner kept 38 % of the epochs and lost 0.02 % of the best
+        # accuracy on average; successive halving kept 53 % and lost 0.01 %, Hyperband 66 % and 0.01 %.
         pruner = optuna.pruners.MedianPruner(n_startup_trials=3)
         study = optuna.create_study(
             storage=database, study_name=study_name, pruner=pruner, direction="maximize", load_if_exists=True
@@ -126,7 +129,7 @@ def open_study(storage: str, study_name: str, max_epochs: int) -> "optuna.Study"
         )
     study.set_user_attr("max_epochs", max_epochs)
     blank = optuna.create_study()
-    blank.enqueue_trial({"depth": 3})
+    blank.enqueue_trial({"depth": 3})  # so that it asks for all parameters there are
     suggest_hyperparameters(ours := blank.ask())
     for trial in study.get_trials(deepcopy=False):
         for name, distribution in trial.distributions.items():

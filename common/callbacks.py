@@ -97,6 +97,7 @@ class MetricsCallback(pl.Callback):
                 "mistakes/test": self._draw_mistakes(**mistakes),
             }.items():
                 figure.set_layout_engine("constrained")
+                figure.set_size_inches(7, 7)
                 trainer.logger.experiment.add_figure(name, figure, trainer.global_step)
 
     def _log_scores(self, pl_module: pl.LightningModule, stage: str) -> None:
@@ -106,7 +107,7 @@ class MetricsCallback(pl.Callback):
     def _draw_mistakes(self, images: Tensor, y: Tensor, y_pred: Tensor, losses: Tensor) -> Figure:
         wrong = [i for i in losses.argsort(descending=True).tolist() if y[i] != y_pred[i]]
         columns = 5
-        figure, axes = plt.subplots(-(-self.num_mistakes // columns), columns, figsize=(6, 7), squeeze=False)
+        figure, axes = plt.subplots(-(-self.num_mistakes // columns), columns, squeeze=False)
         for axis in axes.flat:
             axis.axis("off")
         for axis, i in zip(axes.flat, wrong[: self.num_mistakes], strict=False):

@@ -69,6 +69,9 @@ class ResumeCallback(pl.Callback):
 
     Of what decides a training, Lightning saves weights, optimiser, schedule and progress, and the data module's order
     is a function of seed and epoch. Left is torch's random state, from which dropout draws: this callback's state.
+
+    Raises:
+        MisconfigurationException: if a checkpoint's schedule is not as long as that of the run that loads it.
     """
 
     random_state: torch.Tensor | None = None
