@@ -128,7 +128,7 @@ def main(
         overfit_batches=overfit_batches,
         profiler=profiler,
         logger=logger,
-        log_every_n_steps=10,
+        log_every_n_steps=20,
         callbacks=callbacks,
         plugins=[WholeCheckpointIO()],
     )

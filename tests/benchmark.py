@@ -106,7 +106,7 @@ def our_step(data: MNISTDataModule, callbacks: bool) -> float:
         callbacks=chosen,
         logger=TensorBoardLogger(folder),
         enable_checkpointing=callbacks,
-        log_every_n_steps=10,
+        log_every_n_steps=20,
     )
 
 
@@ -168,9 +168,9 @@ class TimedDataModule(MNISTDataModule):
 
 def sweep_steps(stop_early: bool) -> tuple[int, float, float]:
     """Training steps and best accuracy of 20 trials, and the largest share of its time that a trial spent loading."""
-    study = optuna.create_study(
-        direction="maximize", pruner=sweep.pruner() if stop_early else optuna.pruners.NopPruner()
-    )
+    study = sweep.open_study(f"sqlite:///{tempfile.mkdtemp()}/optuna.db", "mnist", max_epochs=5)
+    if not stop_early:
+        study.pruner = optuna.pruners.NopPruner()
     data, shares = TimedDataModule(DATA), []
     data.setup("fit")  # a worker's first trial pays for this
 
