@@ -12,7 +12,6 @@ import pytorch_lightning as pl
 import torch
 from PIL import Image
 from pytorch_lightning.loggers import TensorBoardLogger
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
 import initialization
@@ -21,7 +20,7 @@ from common.classifier import SGDClassifier
 from common.data import MNISTDataModule
 from common.model import INITIALIZATIONS, MLP, initialize
 from common.theory import backward_moments, forward_moments
-from tests.conftest import DATA, ROOT
+from tests.conftest import DATA, ROOT, read_events
 
 LN_10 = math.log(10)
 # The last column of the README's table of claims, row by row, so that it says what is measured here.
@@ -383,8 +382,7 @@ def test_script_prints_a_table_and_writes_pictures_and_histograms(tmp_path):
         assert picture.getextrema() == (0, 255)
 
     for activation, share in (("tanh", "saturated"), ("relu", "dead")):
-        events = EventAccumulator(str(folder / activation / "lsuv"), size_guidance={"scalars": 0, "histograms": 0})
-        events.Reload()
+        events = read_events(folder / activation / "lsuv")
         tags = events.Tags()
         assert {"activation/model.layers.2", "preactivation/model.layers.1", "backpropagated/model.layers.10"} <= set(
             tags["histograms"]
@@ -412,8 +410,7 @@ def test_every_scheme_gets_the_same_batches(tmp_path):
 def test_main_records_activations_when_asked_to(tmp_path):
     finished = run("--max_epochs", "1", "--log_dir", str(tmp_path), "--activation_histograms", script="main.py")
     assert finished.returncode == 0, finished.stderr
-    events = EventAccumulator(str(next(tmp_path.rglob("events.out.tfevents.*")).parent))
-    events.Reload()
+    events = read_events(next(tmp_path.rglob("events.out.tfevents.*")).parent)
     assert "activation/model.layers.2" in events.Tags()["histograms"]
 
 
