@@ -140,11 +140,10 @@ def open_study(storage: str, study_name: str, max_epochs: int) -> "optuna.Study"
     return study
 
 
-def opened_trials(study: "optuna.Study") -> list["optuna.trial.FrozenTrial"]:
-    """The trials that count: all but the retries of killed ones and those that a worker opened one too many."""
+def opened_trials(trials: list["optuna.trial.FrozenTrial"]) -> list["optuna.trial.FrozenTrial"]:
+    """Those of a study that count: all but retries of killed ones and what a worker opened one too many."""
     from optuna.storages import RetryHeartbeatStaleTrialCallback as Retry
 
-    trials = study.get_trials(deepcopy=False)
     return [
         trial for trial in trials if Retry.retried_trial_number(trial) is None and not trial.user_attrs.get("extra")
     ]
@@ -167,7 +166,7 @@ def work(study_options: dict, n_trials: int, deadline: float, threads: int, opti
     def numbered_objective(trial: optuna.Trial) -> float:
         # Seeded by the trial's number, so that neither a continued study nor a second worker repeats suggestions.
         study.sampler = optuna.samplers.TPESampler(seed=(options["seed"] + trial.number) % 2**32, constant_liar=True)
-        opened = [other.number for other in opened_trials(study)]
+        opened = [other.number for other in opened_trials(study.get_trials(deepcopy=False))]
         if trial.number in opened[n_trials:]:
             # Two workers opened the last trial at the same moment; the later one steps back.
             trial.set_user_attr("extra", True)
@@ -184,7 +183,7 @@ def work(study_options: dict, n_trials: int, deadline: float, threads: int, opti
         while time.time() < deadline:
             trials = study.get_trials(deepcopy=False)
             unfinished = [trial for trial in trials if not trial.state.is_finished()]
-            opened = len(opened_trials(study))
+            opened = len(opened_trials(trials))
             bar.n = max(0, min(opened, n_trials) - len(unfinished))
             bar.set_postfix({"best": max([trial.value for trial in trials if trial.value], default=None)})
             if opened < n_trials or any(trial.state == TrialState.WAITING for trial in unfinished):
