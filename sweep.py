@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import shlex
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,6 +22,8 @@ from common.cli import Seed, run
 
 if TYPE_CHECKING:
     import optuna
+
+    from common.data import MNISTDataModule
 
 
 def suggest_hyperparameters(trial: "optuna.Trial") -> dict[str, Any]:
@@ -36,7 +39,16 @@ def suggest_hyperparameters(trial: "optuna.Trial") -> dict[str, Any]:
     }
 
 
-def objective(trial: "optuna.Trial", data, folder: str, max_epochs: int, patience: int, seed: int, **hardware) -> float:
+def objective(
+    trial: "optuna.Trial",
+    data: "MNISTDataModule",
+    folder: str,
+    max_epochs: int,
+    patience: int,
+    seed: int,
+    accelerator: str = "auto",
+    devices: int = 1,
+) -> float:
     """Trains one trial as `main.py` would and returns its best validation accuracy, in [0, 1].
 
     Raises:
@@ -70,11 +82,13 @@ def objective(trial: "optuna.Trial", data, folder: str, max_epochs: int, patienc
     logger = TensorBoardLogger(folder, name="", version=f"trial_{trial.number}", default_hp_metric=False)
     trainer = pl.Trainer(
         max_epochs=max_epochs,
+        accelerator=accelerator,
+        devices=devices,
+        strategy="ddp_spawn" if devices > 1 else "auto",  # "ddp" would start the whole sweep once more
         logger=logger,
         callbacks=callbacks,
         enable_progress_bar=False,
         enable_model_summary=False,
-        **hardware,
     )
     trainer.fit(classifier, data)
 
@@ -149,8 +163,39 @@ def opened_trials(trials: list["optuna.trial.FrozenTrial"]) -> list["optuna.tria
     ]
 
 
-def work(study_options: dict, n_trials: int, deadline: float, threads: int, options: dict, show_bar: bool) -> None:
-    """Runs trials until the study has `n_trials`, together with whoever else works on it."""
+def run_trial(trial: "optuna.Trial", n_trials: int, data: "MNISTDataModule", options: dict[str, Any]) -> float:
+    """Calls `objective` with a sampler of the trial's own, unless the study has its `n_trials` already."""
+    import numpy as np
+    import optuna
+
+    opened = opened_trials(trial.study.get_trials(deepcopy=False))
+    if trial.number in [other.number for other in opened[n_trials:]]:
+        # Two workers opened the last trial at the same moment; the later one steps back.
+        trial.set_user_attr("extra", True)
+        raise RuntimeError("the study has its trials")
+    # A function of seed and number, so that neither a continued study nor a second worker repeats suggestions. Their
+    # sum would not do: the trials of seed 1 would be those of seed 0, one later.
+    sampler_seed = int(np.random.SeedSequence([options["seed"], trial.number]).generate_state(1)[0])
+    trial.study.sampler = optuna.samplers.TPESampler(seed=sampler_seed, constant_liar=True)
+    try:
+        return objective(trial, data, **options)
+    except optuna.TrialPruned:
+        raise
+    except Exception as error:
+        trial.set_user_attr("error", str(error))
+        raise
+
+
+def work(
+    study_options: dict[str, Any],
+    n_trials: int,
+    deadline: float,
+    threads: int,
+    data_dir: str,
+    options: dict[str, Any],
+    show_bar: bool,
+) -> None:
+    """One worker: runs trials until the study has `n_trials`, together with whoever else works on it."""
     import optuna
     import torch
     from optuna.trial import TrialState
@@ -161,23 +206,8 @@ def work(study_options: dict, n_trials: int, deadline: float, threads: int, opti
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)  # it would introduce each trial anew
     torch.set_num_threads(threads)
     study = open_study(**study_options)
-    data = MNISTDataModule(options.pop("data_dir"), seed=options["seed"])
-
-    def numbered_objective(trial: optuna.Trial) -> float:
-        # Seeded by the trial's number, so that neither a continued study nor a second worker repeats suggestions.
-        study.sampler = optuna.samplers.TPESampler(seed=(options["seed"] + trial.number) % 2**32, constant_liar=True)
-        opened = [other.number for other in opened_trials(study.get_trials(deepcopy=False))]
-        if trial.number in opened[n_trials:]:
-            # Two workers opened the last trial at the same moment; the later one steps back.
-            trial.set_user_attr("extra", True)
-            raise RuntimeError("the study has its trials")
-        try:
-            return objective(trial, data, **options)
-        except optuna.TrialPruned:
-            raise
-        except Exception as error:
-            trial.set_user_attr("error", str(error))
-            raise
+    data = MNISTDataModule(data_dir, seed=options["seed"])
+    run_next = partial(run_trial, n_trials=n_trials, data=data, options=options)
 
     with tqdm(total=n_trials, unit="trial", disable=not show_bar) as bar:
         while time.time() < deadline:
@@ -185,9 +215,9 @@ def work(study_options: dict, n_trials: int, deadline: float, threads: int, opti
             unfinished = [trial for trial in trials if not trial.state.is_finished()]
             opened = len(opened_trials(trials))
             bar.n = max(0, min(opened, n_trials) - len(unfinished))
-            bar.set_postfix({"best": max([trial.value for trial in trials if trial.value], default=None)})
+            bar.set_postfix({"best": max((trial.value for trial in trials if trial.value), default=None)})
             if opened < n_trials or any(trial.state == TrialState.WAITING for trial in unfinished):
-                study.optimize(numbered_objective, n_trials=1, catch=Exception)
+                study.optimize(run_next, n_trials=1, catch=Exception)
             elif unfinished:
                 time.sleep(1)  # until the other workers are done, or one of them is taken for dead
                 optuna.storages.fail_stale_trials(study)
@@ -237,10 +267,16 @@ def main(
     }
     study = open_study(**study_options)
 
-    hardware = {"accelerator": accelerator, "devices": devices, "strategy": "ddp_spawn" if devices > 1 else "auto"}
-    options = {"folder": str(folder), "max_epochs": max_epochs, "patience": patience, "seed": seed, **hardware}
+    options = {
+        "folder": str(folder),
+        "max_epochs": max_epochs,
+        "patience": patience,
+        "seed": seed,
+        "accelerator": accelerator,
+        "devices": devices,
+    }
     threads = max(1, (os.cpu_count() or 1) // (workers * devices))
-    arguments = (study_options, n_trials, time.time() + timeout, threads, options | {"data_dir": data_dir})
+    arguments = (study_options, n_trials, time.time() + timeout, threads, data_dir, options)
     # Processes and not Optuna's n_jobs, whose threads would share the interpreter and the random state.
     context = multiprocessing.get_context("spawn")
     others = [context.Process(target=work, args=(*arguments, False)) for _ in range(workers - 1)]
@@ -276,9 +312,7 @@ def report(study: "optuna.Study", folder: Path, data_dir: str) -> None:
     if not complete:
         return
 
-    print("\n trial  val accuracy  hyperparameters")
-    for trial in complete[:5]:
-        print(f"{trial.number:6}  {trial.value:12.2%}  {command_line(trial)}")
+    print_table(complete[:5])
     draw(study, folder)
 
     best = complete[0]
@@ -294,12 +328,28 @@ def report(study: "optuna.Study", folder: Path, data_dir: str) -> None:
     print(f"full length:      python main.py {command_line(best)}")
 
 
-def command_line(trial: "optuna.trial.FrozenTrial") -> str:
-    """The options with which `main.py` trains what the trial trained."""
+def chosen_by(trial: "optuna.trial.FrozenTrial") -> dict[str, Any]:
+    """The options of `main.py` that a trial of the past has tried."""
     from optuna.trial import FixedTrial
 
-    chosen = suggest_hyperparameters(FixedTrial(trial.params))
-    return " ".join(f"--{name} {shlex.quote(str(value).replace(' ', ''))}" for name, value in chosen.items())
+    return suggest_hyperparameters(FixedTrial(trial.params))
+
+
+def print_table(trials: list["optuna.trial.FrozenTrial"]) -> None:
+    """Prints a line for each trial, with its numbers rounded."""
+    rows = [["trial", "val accuracy", *chosen_by(trials[0])]]
+    for trial in trials:
+        values = [f"{value:.3g}" if isinstance(value, float) else str(value) for value in chosen_by(trial).values()]
+        rows.append([str(trial.number), f"{trial.value:.2%}", *values])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    print()
+    for row in rows:
+        print("  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)))
+
+
+def command_line(trial: "optuna.trial.FrozenTrial") -> str:
+    """The options with which `main.py` trains what the trial trained, to the last digit."""
+    return " ".join(f"--{name} {shlex.quote(str(value).replace(' ', ''))}" for name, value in chosen_by(trial).items())
 
 
 def draw(study: "optuna.Study", folder: Path) -> None:

@@ -45,22 +45,22 @@ class MetricsCallback(pl.Callback):
         self.mistakes = {name: CatMetric() for name in ("images", "y", "y_pred", "losses")}
         self.num_mistakes = num_mistakes
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def setup(self, trainer, pl_module, stage: str) -> None:
         # Lightning moves what belongs to the Lightning module; a callback's metrics do not.
         for metric in (*self.scores.values(), self.confusion, *self.mistakes.values()):
             metric.to(trainer.strategy.root_device)
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_epoch_start(self, trainer, pl_module) -> None:
         self.scores["train"].reset()
 
     def on_train_batch_end(self, trainer, pl_module, outputs: dict[str, Tensor], batch: Any, batch_idx: int) -> None:
         self.scores["train"].update(outputs["y_pred"], outputs["y"])
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer, pl_module) -> None:
         self._log_scores(pl_module, "train")
 
     # Resetting where an epoch starts, not where it ends, drops what the sanity check left behind.
-    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_epoch_start(self, trainer, pl_module) -> None:
         self.scores["val"].reset()
 
     def on_validation_batch_end(
@@ -68,10 +68,10 @@ class MetricsCallback(pl.Callback):
     ) -> None:
         self.scores["val"].update(outputs["y_pred"], outputs["y"])
 
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_epoch_end(self, trainer, pl_module) -> None:
         self._log_scores(pl_module, "val")
 
-    def on_test_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_test_epoch_start(self, trainer, pl_module) -> None:
         for metric in (self.scores["test"], self.confusion, *self.mistakes.values()):
             metric.reset()
 
@@ -86,7 +86,7 @@ class MetricsCallback(pl.Callback):
         for name, metric in self.mistakes.items():
             metric.update(rows[name])
 
-    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_test_epoch_end(self, trainer, pl_module) -> None:
         self._log_scores(pl_module, "test")
         # Every process has to take part in compute, but only the first one has a logger to draw into.
         confusion = self.confusion.compute()
@@ -149,12 +149,10 @@ class GradientHistogramCallback(pl.Callback):
         self.every_n_steps = every_n_steps
         self.enabled = True
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_start(self, trainer, pl_module) -> None:
         self.enabled = has_histograms(trainer, self)
 
-    def on_before_optimizer_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
-    ) -> None:
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer: torch.optim.Optimizer) -> None:
         if not self.enabled or not trainer.is_global_zero or trainer.global_step % self.every_n_steps:
             return
         writer = trainer.logger.experiment
@@ -178,7 +176,7 @@ class PruningCallback(pl.Callback):
     def __init__(self, trial: "optuna.Trial", monitor: str) -> None:
         self.trial, self.monitor = trial, monitor
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_end(self, trainer, pl_module) -> None:
         if trainer.sanity_checking:
             return
         prune = False
@@ -234,7 +232,7 @@ class ActivationHistogramCallback(pl.Callback):
         self.first_values: dict[str, Tensor] = {}
         self.handles: list[RemovableHandle] = []
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_start(self, trainer, pl_module) -> None:
         self.enabled = has_histograms(trainer, self)
         for name, module in pl_module.named_modules():
             if isinstance(module, nn.Linear):
@@ -243,15 +241,13 @@ class ActivationHistogramCallback(pl.Callback):
                 self.handles.append(module.register_forward_hook(partial(self._record_activation, trainer, name)))
 
     # Lightning calls teardown after a fit that went well, and on_exception instead of it after one that did not.
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def teardown(self, trainer, pl_module, stage: str) -> None:
         self._remove_hooks()
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer, pl_module, exception: BaseException) -> None:
         self._remove_hooks()
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer, pl_module, batch: Any, batch_idx: int) -> None:
         # With accumulated gradients several batches share a step; the first one stands for them.
         first = batch_idx % trainer.accumulate_grad_batches == 0
         self.recording = trainer.is_global_zero and first and trainer.global_step % self.every_n_steps == 0

@@ -82,7 +82,7 @@ class ResumeCallback(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.random_state = state_dict["random_state"]
 
-    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
+    def on_load_checkpoint(self, trainer, pl_module, checkpoint: dict) -> None:
         steps = checkpoint["lr_schedulers"][0]["total_steps"]
         if trainer.state.fn == "fit" and steps != trainer.estimated_stepping_batches:
             raise MisconfigurationException(
@@ -90,6 +90,6 @@ class ResumeCallback(pl.Callback):
                 " with the same max_epochs, batch_size and devices"
             )
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer, pl_module) -> None:
         if self.random_state is not None:
             torch.set_rng_state(self.random_state)

@@ -6,7 +6,7 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
-from torch import Tensor, nn
+from torch import Tensor
 
 from common.model import MLP
 
@@ -18,7 +18,7 @@ class Classifier(pl.LightningModule):
     callbacks as `outputs`: loss is a scalar, y (batch,) the labels, y_pred (batch, classes) the logits.
 
     Args:
-        model: the model, or the arguments that rebuild an `MLP`, which is what a checkpoint holds.
+        model: the model, or the arguments that rebuild it, which `load_from_checkpoint` finds in a checkpoint.
         learning_rate: the peak of the schedule.
         weight_decay: decoupled weight decay of AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101).
         label_smoothing: share of the target that training spreads over all classes (Szegedy et al. 2016,
@@ -27,7 +27,7 @@ class Classifier(pl.LightningModule):
 
     def __init__(
         self,
-        model: nn.Module | dict[str, Any],
+        model: MLP | dict[str, Any],
         learning_rate: float = 6e-3,
         weight_decay: float = 0.05,
         label_smoothing: float = 0.1,

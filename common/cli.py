@@ -2,6 +2,7 @@
 
 import json
 import re
+from argparse import Action
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -15,7 +16,13 @@ Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**32)])
 
 
 class OneLineParser(ArgumentParser):
-    """jsonargparse's parser, which says in a single line what is wrong."""
+    """jsonargparse's parser, which says in a single line what is wrong and takes a switch without a value."""
+
+    def add_argument(self, *args, **kwargs) -> Action:
+        action = super().add_argument(*args, **kwargs)
+        if action.default is False:
+            action.nargs, action.const = "?", True
+        return action
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         message = re.sub(r'Parser key "(\w+)":', r"--\1:", message)
@@ -35,9 +42,6 @@ def run(main: Callable[..., object]) -> None:
     """
     parser = OneLineParser(description=main.__doc__.splitlines()[0])
     parser.add_function_arguments(main, as_group=False)
-    for action in parser._actions:
-        if action.default is False:  # a switch, which may stand without a value
-            action.nargs, action.const = "?", True
     # Through JSON, because what is left of a PositiveInt then is an int, which a checkpoint may hold.
     options = json.loads(parser.dump(parser.parse_args(), format="json"))
 

@@ -58,7 +58,7 @@ class MNISTDataModule(pl.LightningDataModule):
     def __init__(self, data_dir: str = "data", batch_size: int = 512, seed: int = 42) -> None:
         super().__init__()
         self.data_dir, self.batch_size, self.seed = data_dir, batch_size, seed
-        self.train = self.val = self.test = None
+        self.train_set = self.val_set = self.test_set = None
 
     def prepare_data(self) -> None:
         """Extracts the files, or downloads what is missing; Lightning calls it on one process of a machine.
@@ -90,13 +90,15 @@ class MNISTDataModule(pl.LightningDataModule):
 
         Lightning calls it on every process before each of fit, validate, test and predict.
         """
-        if stage in ("fit", "validate") and self.train is None:
+        if stage in ("fit", "validate") and self.train_set is None:
             images, labels = self._load(train=True)
             # A generator of its own: the same 5,000 images validate whatever the seed of a run.
             order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).to(labels.device)
-            self.train, self.val = (TensorBatches(images[i], labels[i]) for i in order.split([TRAIN_SIZE, VAL_SIZE]))
-        if stage in ("test", "predict") and self.test is None:
-            self.test = TensorBatches(*self._load(train=False))
+            self.train_set, self.val_set = (
+                TensorBatches(images[i], labels[i]) for i in order.split([TRAIN_SIZE, VAL_SIZE])
+            )
+        if stage in ("test", "predict") and self.test_set is None:
+            self.test_set = TensorBatches(*self._load(train=False))
 
     def _load(self, train: bool) -> tuple[Tensor, Tensor]:
         mnist = MNIST(self.data_dir, train=train)
@@ -105,13 +107,13 @@ class MNISTDataModule(pl.LightningDataModule):
         return images, mnist.targets.to(device)
 
     def train_dataloader(self) -> DataLoader:
-        return self._loader(self.train, DistributedSampler, shuffle=True, seed=self.seed)
+        return self._loader(self.train_set, DistributedSampler, shuffle=True, seed=self.seed)
 
     def val_dataloader(self) -> DataLoader:
-        return self._loader(self.val, UnrepeatedDistributedSampler, shuffle=False)
+        return self._loader(self.val_set, UnrepeatedDistributedSampler, shuffle=False)
 
     def test_dataloader(self) -> DataLoader:
-        return self._loader(self.test, UnrepeatedDistributedSampler, shuffle=False)
+        return self._loader(self.test_set, UnrepeatedDistributedSampler, shuffle=False)
 
     def predict_dataloader(self) -> DataLoader:
         return self.test_dataloader()

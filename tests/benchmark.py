@@ -112,7 +112,7 @@ def our_step(data: MNISTDataModule, callbacks: bool) -> float:
 
 def bare_step(data: MNISTDataModule) -> float:
     """Seconds of a step of a loop in plain PyTorch over the same tensors."""
-    images, labels = data.train.images, data.train.labels
+    images, labels = data.train_set.images, data.train_set.labels
     model, steps, step = MLP(), 2 * 108, 0
     optimizer = torch.optim.AdamW(model.parameters(), lr=6e-3, weight_decay=0.05, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=6e-3, total_steps=steps)

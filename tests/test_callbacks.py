@@ -60,7 +60,7 @@ def test_metrics_are_those_of_all_test_images_at_once(data: MNISTDataModule, tmp
     shards = [torch.load(tmp_path / f"{rank}.pt") for rank in range(processes)]
     assert [len(shard["seen"][1]) for shard in shards] == [len(range(i, 10_000, processes)) for i in range(processes)]
     pixels, y, y_pred = (torch.cat(parts) for parts in zip(*(shard["seen"] for shard in shards), strict=True))
-    assert torch.equal(pixels.sort()[0], data.test.images.flatten(1).sum(1).sort()[0])  # each image exactly once
+    assert torch.equal(pixels.sort()[0], data.test_set.images.flatten(1).sum(1).sort()[0])  # each image exactly once
 
     assert 0.6 < shards[0]["metrics"]["accuracy/test"] < 0.95
     for shard in shards:
@@ -88,7 +88,7 @@ def test_sanity_check_leaves_nothing_in_the_metrics(data: MNISTDataModule):
         **QUIET,
     )
     trainer.fit(classifier, data)
-    images, y = data.val.images[:1024], data.val.labels[:1024]
+    images, y = data.val_set.images[:1024], data.val_set.labels[:1024]
     expected = (classifier(images).argmax(1) == y).float().mean()
     assert trainer.callback_metrics["accuracy/val"] == expected
 

@@ -90,7 +90,7 @@ def test_run_killed_at_any_moment_ends_with_the_same_bits(script, tmp_path: Path
 
 def test_random_state_is_needed_for_the_same_bits(data: MNISTDataModule):
     # Dropout draws from torch's random state: without restoring it, the same weights give another step.
-    model, images = MLP([64], dropout=0.2), data.val.images[:8]
+    model, images = MLP([64], dropout=0.2), data.val_set.images[:8]
     state = torch.get_rng_state()
     first, other = model(images), model(images)
     torch.set_rng_state(state)

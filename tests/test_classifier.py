@@ -20,7 +20,7 @@ def test_losses_are_means_over_images_whatever_the_batches(data: MNISTDataModule
     classifier = Classifier(MLP([16]))
     trainer = pl.Trainer(**QUIET)
     [metrics] = trainer.validate(classifier, data, verbose=False)
-    expected = F.cross_entropy(classifier(data.val.images), data.val.labels).item()
+    expected = F.cross_entropy(classifier(data.val_set.images), data.val_set.labels).item()
     assert metrics["loss/val"] == pytest.approx(expected, rel=1e-5)
 
 
@@ -63,5 +63,5 @@ def test_checkpoint_alone_rebuilds_model_and_module(data: MNISTDataModule, tmp_p
     loaded = Classifier.load_from_checkpoint(tmp_path / "few-steps.ckpt", weights_only=True).eval()
     assert loaded.hparams == classifier.hparams
     assert repr(loaded.model) == repr(classifier.model)
-    images = data.test.images[:100]
+    images = data.test_set.images[:100]
     assert torch.equal(loaded(images), classifier.eval()(images))

@@ -36,14 +36,16 @@ def test_batches_equal_the_usual_transform_of_each_image(data: MNISTDataModule):
 
 
 def test_split_is_disjoint_complete_and_the_same_for_every_seed(data: MNISTDataModule):
-    assert (len(data.train), len(data.val), len(data.test)) == (55_000, 5_000, 10_000)
+    assert (len(data.train_set), len(data.val_set), len(data.test_set)) == (55_000, 5_000, 10_000)
     other = MNISTDataModule(DATA, seed=1)
     other.setup("fit")
-    assert torch.equal(data.val.images, other.val.images)
+    assert torch.equal(data.val_set.images, other.val_set.images)
     # Both parts together hold each image as often as the files do.
     images = MNIST(DATA).data.flatten(1)
     weights = torch.randint(2**40, (28 * 28,), generator=torch.Generator().manual_seed(0))
-    split = torch.cat([data.train.images, data.val.images]).mul(STD).add(MEAN).mul(255).round().long().flatten(1)
+    split = (
+        torch.cat([data.train_set.images, data.val_set.images]).mul(STD).add(MEAN).mul(255).round().long().flatten(1)
+    )
     assert torch.equal((split * weights).sum(1).sort()[0], (images.long() * weights).sum(1).sort()[0])
 
 
@@ -61,7 +63,7 @@ def test_training_order_is_a_function_of_seed_and_epoch(data: MNISTDataModule):
 
 
 def test_evaluation_order_is_that_of_the_files(data: MNISTDataModule):
-    for loader, dataset in ((data.val_dataloader(), data.val), (data.predict_dataloader(), data.test)):
+    for loader, dataset in ((data.val_dataloader(), data.val_set), (data.predict_dataloader(), data.test_set)):
         assert torch.equal(torch.cat([labels for _, labels in loader]), dataset.labels)
 
 
