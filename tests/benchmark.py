@@ -1,6 +1,6 @@
-"""Measures what the README says of speed: `python -m tests.benchmark`, about ten minutes on 2 cores.
+"""Measures what the README says of speed and writes its tables: `python -m tests.benchmark`, 20 minutes on 2 cores.
 
-Machines are noisy, so programs that are compared take turns in one process, and what counts is the ratio of medians.
+Machines are noisy, so programs that are compared take turns, and what counts is the ratio of medians.
 """
 
 import logging
@@ -10,7 +10,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytorch_lightning as pl
@@ -29,7 +31,7 @@ from common.data import MEAN, STD, MNISTDataModule
 from common.model import MLP
 
 ROOT = Path(__file__).parent.parent
-DATA = str(ROOT / "data")
+DATA, README = str(ROOT / "data"), ROOT / "README.md"
 BATCH_SIZE = 512
 WARM_UP = 5
 
@@ -145,62 +147,111 @@ def alternate(rounds: int, **programs: Callable[[], float]) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def trials_a_minute(workers: int) -> float:
-    """Trials a minute of a sweep, from the start of its first to the end of its last."""
+def publish(mark: str, rows: list[str]) -> None:
+    """Prints a table and puts it between its marks in the README."""
+    print("\n" + "\n".join(rows))
+    text = README.read_text()
+    start, end = text.index(f"<!-- {mark} -->\n"), text.index(f"<!-- /{mark} -->")
+    README.write_text(f"{text[:start]}<!-- {mark} -->\n" + "\n".join(rows) + f"\n{text[end:]}")
+
+
+def random_trials(count: int) -> list[dict[str, Any]]:
+    """Parameters of trials from all over the search space."""
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    trials = [study.ask() for _ in range(count)]
+    for trial in trials:
+        sweep.suggest_hyperparameters(trial)
+    return [trial.params for trial in trials]
+
+
+def parallel_sweep(workers: int) -> tuple[float, float]:
+    """Trials a minute while all workers are busy, and seconds of the whole command, of a sweep of 24 given trials.
+
+    Each trial has one epoch: so the pruner shortens none, and whoever runs them, they are the same trials.
+    """
     folder = tempfile.mkdtemp()
-    command("sweep.py", "--n_trials", "8", "--max_epochs", "3", "--workers", str(workers), "--log_dir", folder)
-    study = optuna.load_study(study_name="mnist", storage=f"sqlite:///{folder}/sweep/optuna.db")
-    trials = [trial for trial in study.trials if trial.state.is_finished()]
-    start, end = min(trial.datetime_start for trial in trials), max(trial.datetime_complete for trial in trials)
-    return 60 * len(trials) / (end - start).total_seconds()
+    Path(folder, "sweep").mkdir()
+    study = sweep.open_study(f"sqlite:///{folder}/sweep/optuna.db", "mnist", max_epochs=1)
+    for params in random_trials(24):
+        study.enqueue_trial(params)
+    options = ("--n_trials", "24", "--max_epochs", "1", "--workers", str(workers), "--log_dir", folder)
+    seconds = command("sweep.py", *options)
+    # A worker's first trial pays for imports and loading, and after the last start the others run out of work.
+    starts = sorted(trial.datetime_start for trial in study.trials)[4:]
+    return 60 * (len(starts) - 1) / (starts[-1] - starts[0]).total_seconds(), seconds
 
 
 class TimedDataModule(MNISTDataModule):
-    """Adds up the seconds that loading takes."""
+    """Adds up the seconds that loading takes, and notes what share of each trial they are."""
 
-    loading = 0.0
+    def __init__(self, data_dir: str) -> None:
+        super().__init__(data_dir)
+        self.loading, self.shares = 0.0, []
 
     def setup(self, stage: str) -> None:
         start = time.perf_counter()
         super().setup(stage)
         self.loading += time.perf_counter() - start
 
+    def note_share(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+        self.shares.append(self.loading / trial.duration.total_seconds())
+        self.loading = 0.0
 
-def sweep_steps(stop_early: bool) -> tuple[int, float, float]:
-    """Training steps and best accuracy of 20 trials, and the largest share of its time that a trial spent loading."""
-    study = sweep.open_study(f"sqlite:///{tempfile.mkdtemp()}/optuna.db", "mnist", max_epochs=5)
-    if not stop_early:
+
+def search(data: TimedDataModule, seed: int, at_full_length: list[dict[str, Any]] | None = None) -> optuna.Study:
+    """A study of 20 trials as `sweep.py --seed` runs it, or of given trials without pruning and early stopping."""
+    folder = tempfile.mkdtemp()
+    study = sweep.open_study(f"sqlite:///{folder}/optuna.db", "mnist", max_epochs=5)
+    options = {"folder": folder, "max_epochs": 5, "patience": 3, "seed": seed, "accelerator": "cpu"}
+    if at_full_length:
         study.pruner = optuna.pruners.NopPruner()
-    data, shares = TimedDataModule(DATA), []
-    data.setup("fit")  # a worker's first trial pays for this
-
-    def objective(trial: optuna.Trial) -> float:
-        study.sampler = optuna.samplers.TPESampler(seed=trial.number)
-        start, loaded = time.perf_counter(), data.loading
-        try:
-            options = {"max_epochs": 5, "patience": 3 if stop_early else 5, "seed": 0, "accelerator": "cpu"}
-            return sweep.objective(trial, data, tempfile.mkdtemp(), **options)
-        finally:
-            shares.append((data.loading - loaded) / (time.perf_counter() - start))
-
-    study.optimize(objective, n_trials=20)
-    return sum(trial.user_attrs["steps"] for trial in study.trials), study.best_value, max(shares)
+        options["patience"] = options["max_epochs"]
+        for params in at_full_length:
+            study.enqueue_trial(params)
+    run_trial = partial(sweep.run_trial, n_trials=20, data=data, options=options)
+    study.optimize(run_trial, n_trials=20, catch=Exception, callbacks=[data.note_share])
+    return study
 
 
 def sweeps() -> None:
-    """Prints what workers, pruning and shared data do for a sweep."""
-    rate = alternate(2, one=lambda: trials_a_minute(1), two=lambda: trials_a_minute(2))
-    (steps, best, share), (all_steps, all_best, _) = sweep_steps(True), sweep_steps(False)
-    print("\n| sweep | | ratio |\n| --- | --- | --- |")
-    print(f"| 1 worker of 2 threads | {rate['one']:.1f} trials a minute | 1.00 |")
-    print(f"| 2 workers of 1 thread | {rate['two']:.1f} trials a minute | {rate['two'] / rate['one']:.2f} |")
-    print(f"| 20 trials at full length | {all_steps} steps, best {all_best:.2%} | 1.00 |")
-    print(f"| pruned and stopped early | {steps} steps, best {best:.2%} | {steps / all_steps:.2f} |")
-    print(f"| loading, of a trial's time at most | {share:.1%} | |")
+    """Measures what workers, pruning and shared data do for a sweep."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    runs = {1: [], 2: []}
+    for workers in [1, 2] * 3:
+        runs[workers].append(parallel_sweep(workers))
+    rate, wall = ({workers: statistics.median(run[i] for run in runs[workers]) for workers in runs} for i in (0, 1))
+
+    data = TimedDataModule(DATA)
+    data.prepare_data()
+    data.setup("fit")  # a worker's first trial pays for this
+    data.loading = 0.0
+    pruned, full = [], []
+    for seed in (42, 43, 44):
+        pruned.append(search(data, seed))
+        full.append(search(data, seed, at_full_length=[trial.params for trial in pruned[-1].trials]))
+    steps, all_steps = (
+        sum(trial.user_attrs.get("steps", 0) for study in studies for trial in study.trials)
+        for studies in (pruned, full)
+    )
+    best, all_best = (statistics.mean(study.best_value for study in studies) for studies in (pruned, full))
+    publish(
+        "sweeps",
+        [
+            "| sweep | | ratio |",
+            "| --- | --- | --- |",
+            f"| 1 worker of 2 threads | {rate[1]:.1f} trials a minute | 1.00 |",
+            f"| 2 workers of 1 thread | {rate[2]:.1f} trials a minute | {rate[2] / rate[1]:.2f} |",
+            f"| 1 worker, 24 trials with start and end | {wall[1]:.0f} s | 1.00 |",
+            f"| 2 workers, 24 trials with start and end | {wall[2]:.0f} s | {wall[2] / wall[1]:.2f} |",
+            f"| three studies of 20 trials at full length | {all_steps} steps, best {all_best:.2%} | 1.00 |",
+            f"| pruned and stopped early | {steps} steps, best {best:.2%} | {steps / all_steps:.2f} |",
+            f"| loading, of a trial's time at most | {max(data.shares):.1%} | |",
+        ],
+    )
 
 
 def steps() -> None:
-    """Prints what a training step and a whole run take, ours and others'."""
+    """Measures what a training step and a whole run take, ours and others'."""
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     data = MNISTDataModule(DATA, BATCH_SIZE)
     data.prepare_data()
@@ -220,20 +271,26 @@ def steps() -> None:
         ours=lambda: command("main.py", "--log_dir", logs),
         help=lambda: command("main.py", "--help"),
     )
-    print("\n| program | time | ratio |\n| --- | --- | --- |")
-    for name, seconds in {
+    of_step = {
         "usual example, a step": step["usual"],
         "bare PyTorch loop, a step": step["bare"],
         "`main.py` without our callbacks, a step": step["without"],
         "`main.py`, a step": step["ours"],
-    }.items():
-        print(f"| {name} | {seconds * 1e3:.1f} ms | {seconds / step['ours']:.2f} |")
-    for name, seconds in {
+    }
+    of_run = {
         "usual example, 3 epochs and test": whole["usual"],
         "`main.py`, 10 epochs and test": whole["ours"],
         "`main.py --help`": whole["help"],
-    }.items():
-        print(f"| {name} | {seconds:.1f} s | {seconds / whole['ours']:.2f} |")
+    }
+    publish(
+        "steps",
+        [
+            "| program | time | ratio |",
+            "| --- | --- | --- |",
+            *(f"| {name} | {time * 1e3:.1f} ms | {time / step['ours']:.2f} |" for name, time in of_step.items()),
+            *(f"| {name} | {time:.1f} s | {time / whole['ours']:.2f} |" for name, time in of_run.items()),
+        ],
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """`sweep.py`, run as a user would run it, on SQLite and on a real PostgreSQL server."""
 
 import contextlib
+import inspect
 import os
 import re
 import shlex
@@ -20,7 +21,8 @@ from optuna.storages import RetryHeartbeatStaleTrialCallback
 from optuna.trial import TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
-from sweep import suggest_hyperparameters
+from main import main
+from sweep import BASELINE, suggest_hyperparameters
 from tests.conftest import DATA, ROOT, assert_one_line_error, read_events
 
 SHORT = ("--max_epochs", 1)
@@ -37,6 +39,12 @@ def sqlite(folder: Path) -> str:
 def finished(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
     """The trials that ran to their end, be it a good one or not."""
     return [trial for trial in study.trials if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)]
+
+
+def test_baseline_is_what_main_does_unasked():
+    parameters = inspect.signature(main).parameters
+    chosen = suggest_hyperparameters(optuna.trial.FixedTrial(BASELINE))
+    assert chosen == {name: parameters[name].default for name in chosen}
 
 
 def test_study_is_reproducible_continued_and_reported(script, tmp_path: Path):
@@ -56,6 +64,12 @@ def test_study_is_reproducible_continued_and_reported(script, tmp_path: Path):
     trials = load(sqlite(tmp_path)).trials
     assert [trial.params for trial in trials] == [trial.params for trial in other.trials]
     assert [trial.intermediate_values for trial in trials] == [trial.intermediate_values for trial in other.trials]
+    assert trials[0].params == BASELINE
+    # Another seed, even the next one, searches elsewhere.
+    next_seed = script("sweep.py", "--n_trials", 3, *SHORT, "--seed", 43, "--log_dir", "next")
+    assert next_seed.returncode == 0, next_seed.stderr
+    elsewhere = load(f"sqlite:///{tmp_path}/next/sweep/optuna.db").trials
+    assert not {trial.params["dropout"] for trial in elsewhere[1:]} & {trial.params["dropout"] for trial in trials[1:]}
 
     folder = tmp_path / "logs/sweep/mnist"
     pictures = {path.stem for path in folder.glob("*.png") if path.stat().st_size > 10_000}
