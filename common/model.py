@@ -168,7 +168,7 @@ def initialize(model: MLP, scheme: str, images: Tensor) -> None:
 
     >>> model = MLP([64, 32], "relu")
     >>> initialize(model, "lsuv", torch.randn(100, 1, 28, 28))
-    >>> float(model.layers[1].bias.abs().max())
+    >>> model.layers[1].bias.abs().max().item()
     0.0
     """
     if scheme not in INITIALIZATIONS:

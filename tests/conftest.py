@@ -1,11 +1,13 @@
 """What several tests need: running a script as a user would, and reading back what TensorBoard would show."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from common.data import MNISTDataModule
@@ -17,6 +19,14 @@ DATA = str(ROOT / "data")
 @pytest.fixture(scope="session", autouse=True)
 def _extracted() -> None:
     MNISTDataModule(DATA).prepare_data()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Two files of tests run at the same time, and threads that wait for each other would take many times as long."""
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the scripts that tests start
+    os.environ["OMP_WAIT_POLICY"] = "passive"  # for those that ask for more
 
 
 @pytest.fixture

@@ -30,15 +30,6 @@ CLAIMS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """As in the script, for the same reason; the other test files get back what they had."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def data() -> MNISTDataModule:
     data = MNISTDataModule(DATA, batch_size=128)

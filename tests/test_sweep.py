@@ -53,7 +53,13 @@ def test_neighbouring_seeds_search_elsewhere(data: MNISTDataModule, tmp_path: Pa
     data.train_set = TensorBatches(data.train_set.images[:1024], data.train_set.labels[:1024])
 
     def dropouts(seed: int) -> set[float]:
-        options = {"folder": str(tmp_path), "max_epochs": 1, "patience": 1, "seed": seed, "accelerator": "cpu"}
+        options = {
+            "folder": str(tmp_path / str(seed)),
+            "max_epochs": 1,
+            "patience": 1,
+            "seed": seed,
+            "accelerator": "cpu",
+        }
         study = optuna.create_study(direction="maximize")
         study.optimize(partial(run_trial, n_trials=3, data=data, options=options), n_trials=3)
         return {trial.params["dropout"] for trial in finished(study)}
