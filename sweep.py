@@ -150,10 +150,9 @@ def open_study(storage: str, study_name: str, max_epochs: int) -> "optuna.Study"
         raise MisconfigurationException(f"--storage {storage}: {str(error.orig).splitlines()[0]}") from error
 
     # Trials of another length or from another space cannot be compared with ours.
-    if study.user_attrs.setdefault("max_epochs", max_epochs) != max_epochs:
-        raise MisconfigurationException(
-            f"study {study_name!r} has max_epochs {study.user_attrs['max_epochs']}; take another --study_name"
-        )
+    theirs = study.user_attrs.get("max_epochs", max_epochs)
+    if theirs != max_epochs:
+        raise MisconfigurationException(f"study {study_name!r} has max_epochs {theirs}; take another --study_name")
     study.set_user_attr("max_epochs", max_epochs)
     blank = optuna.create_study()
     blank.enqueue_trial({"depth": 3})  # so that it asks for all parameters there are

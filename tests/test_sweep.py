@@ -92,11 +92,12 @@ def test_study_is_reproducible_continued_and_reported(script, tmp_path: Path):
     pictures = {path.stem for path in folder.glob("*.png") if path.stat().st_size > 10_000}
     assert pictures == {"history", "intermediate_values", "parallel_coordinate", "importances"}
     best = load(sqlite(tmp_path)).best_trial
+    assert re.search(rf"^ +{best.number} +{best.value:.2%} ", second.stdout, flags=re.MULTILINE)
     assert re.search(rf"test accuracy of trial {best.number}: \d\d\.\d\d%", second.stdout)
     # One run per trial, with its hyperparameters and its final metric in the HParams tab.
     events = read_events(folder / f"trial_{best.number}")
     assert events.Scalars("accuracy/best")[0].value == pytest.approx(best.value)
-    assert "_hparams_/session_start_info" in events.summary_metadata
+    assert b"hidden_sizes" in events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
 
     command = shlex.split(re.search(r"full length: +python (.+)", second.stdout)[1])
     full = script(command[0], *command[1:], "--fast_dev_run")
