@@ -148,7 +148,7 @@ def test_classes_and_functions_named_exist():
     assert {name for name in ours - elsewhere if not re.search(rf"\b{name}\b", source)} == set()
 
 
-@pytest.mark.parametrize("mark", ["steps", "sweeps"])
+@pytest.mark.parametrize("mark", ["steps", "workers", "pruning"])
 def test_table_is_what_the_benchmark_writes(mark: str):
     """Its numbers are the benchmark's; its rows and their words must be too, or it is an old one."""
     table = README.split(f"<!-- {mark} -->\n")[1].split(f"<!-- /{mark} -->")[0]
