@@ -82,7 +82,7 @@ def outputs() -> dict[str, str]:
 
 @pytest.mark.parametrize("command", dict.fromkeys(filter(runnable, COMMANDS)))
 def test_command_runs(command: str, folder: Path):
-    python, name, *options = shlex.split(command)
+    python, name, *options = shlex.split(command, comments=True)
     assert python == "python"
     words = [sys.executable, str(ROOT / name), *options, *SMALL[name].split()]
     result = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=600, check=False)
