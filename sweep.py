@@ -9,7 +9,6 @@ The README's section "Tuning" explains it.
 
 import logging
 import multiprocessing
-import os
 import shlex
 import time
 from functools import partial
@@ -267,6 +266,8 @@ def main(
         data_dir: Folder of the MNIST files.
         log_dir: Folder for the storage, logs, checkpoints and pictures.
     """
+    import torch
+
     from common.data import MNISTDataModule
 
     folder = Path(log_dir, "sweep", study_name)
@@ -289,7 +290,8 @@ def main(
         "accelerator": accelerator,
         "devices": devices,
     }
-    threads = max(1, (os.cpu_count() or 1) // (workers * devices))
+    # Shares what torch would use by itself, which heeds OMP_NUM_THREADS and the cores that this process may run on.
+    threads = max(1, torch.get_num_threads() // (workers * devices))
     arguments = (study_options, n_trials, time.time() + timeout, threads, data_dir, options)
     # Processes and not Optuna's n_jobs, whose threads would share the interpreter and the random state.
     context = multiprocessing.get_context("spawn")

@@ -4,6 +4,7 @@ Machines are noisy, so programs that are compared take turns, and what counts is
 """
 
 import logging
+import os
 import statistics
 import subprocess
 import sys
@@ -131,10 +132,12 @@ def bare_step(data: MNISTDataModule) -> float:
     return (time.perf_counter() - start) / (step - WARM_UP)
 
 
-def command(*arguments: str) -> float:
+def command(*arguments: str, **environment: str) -> float:
     """Seconds of wall time of a Python command."""
     start = time.perf_counter()
-    subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=os.environ | environment, check=True, capture_output=True
+    )
     return time.perf_counter() - start
 
 
@@ -164,8 +167,10 @@ def random_trials(count: int) -> list[dict[str, Any]]:
     return [trial.params for trial in trials]
 
 
-def parallel_sweep(workers: int) -> tuple[float, float]:
+def parallel_sweep(workers: int, threads: int) -> tuple[float, float]:
     """Trials a minute while all workers are busy, and seconds of the whole command, of a sweep of 24 given trials.
+
+    The workers share the threads.
 
     Each trial has one epoch: so the pruner shortens none, and whoever runs them, they are the same trials.
     """
@@ -175,7 +180,7 @@ def parallel_sweep(workers: int) -> tuple[float, float]:
     for params in random_trials(24):
         study.enqueue_trial(params)
     options = ("--n_trials", "24", "--max_epochs", "1", "--workers", str(workers), "--log_dir", folder)
-    seconds = command("sweep.py", *options)
+    seconds = command("sweep.py", *options, OMP_NUM_THREADS=str(threads))
     # A worker's first trial pays for imports and loading, and after the last start the others run out of work.
     starts = sorted(trial.datetime_start for trial in study.trials)[4:]
     return 60 * (len(starts) - 1) / (starts[-1] - starts[0]).total_seconds(), seconds
@@ -214,19 +219,22 @@ def search(data: TimedDataModule, seed: int, at_full_length: list[dict[str, Any]
 
 
 def workers() -> None:
-    """Measures what a second worker does for a sweep."""
-    runs = {1: [], 2: []}
-    for count in [1, 2] * 3:
-        runs[count].append(parallel_sweep(count))
-    rate, wall = ({count: statistics.median(run[i] for run in runs[count]) for count in runs} for i in (0, 1))
+    """Measures what a second worker does for a sweep, and what a second thread does."""
+    runs = {(1, 1): [], (1, 2): [], (2, 2): []}
+    for chosen in list(runs) * 3:
+        runs[chosen].append(parallel_sweep(*chosen))
+    rate, wall = ({chosen: statistics.median(run[i] for run in runs[chosen]) for chosen in runs} for i in (0, 1))
+    names = {(1, 1): "1 worker of 1 thread", (1, 2): "1 worker of 2 threads", (2, 2): "2 workers of 1 thread"}
     publish(
         "workers",
         [
             "| sweep of 24 trials | all at work | ratio | with start and end | ratio |",
             "| --- | --- | --- | --- | --- |",
-            f"| 1 worker of 2 threads | {rate[1]:.1f} trials a minute | 1.00 | {wall[1]:.0f} s | 1.00 |",
-            f"| 2 workers of 1 thread | {rate[2]:.1f} trials a minute | {rate[2] / rate[1]:.2f}"
-            f" | {wall[2]:.0f} s | {wall[2] / wall[1]:.2f} |",
+            *(
+                f"| {name} | {rate[chosen]:.1f} trials a minute | {rate[chosen] / rate[1, 2]:.2f}"
+                f" | {wall[chosen]:.0f} s | {wall[chosen] / wall[1, 2]:.2f} |"
+                for chosen, name in names.items()
+            ),
         ],
     )
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import optuna
 import pytest
+import torch
 from optuna.storages import RetryHeartbeatStaleTrialCallback
 from optuna.trial import TrialState
 from sqlalchemy.exc import SQLAlchemyError
@@ -25,6 +26,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from common.data import MNISTDataModule, TensorBatches
 from main import main
 from sweep import BASELINE, run_trial, suggest_hyperparameters
+from sweep import main as sweep
 from tests.conftest import DATA, ROOT, assert_one_line_error, read_events
 
 SHORT = ("--max_epochs", 1)
@@ -113,6 +115,15 @@ def test_two_workers_keep_the_total_exactly(script, tmp_path: Path):
     # Both worked: some trial started before the one before it had ended.
     trials = sorted(finished(study), key=lambda trial: trial.datetime_start)
     assert any(later.datetime_start < earlier.datetime_complete for earlier, later in pairwise(trials))
+
+
+def test_workers_share_the_threads(tmp_path: Path):
+    torch.set_num_threads(4)
+    try:
+        sweep(n_trials=1, max_epochs=1, workers=2, data_dir=DATA, log_dir=str(tmp_path))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
 
 
 @pytest.fixture
