@@ -1,7 +1,7 @@
 """Compares initialisation schemes on a deep narrow MLP: what they do to signals, to gradients and to the training.
 
 python initialization.py
-python initialization.py --depth 30 --activations '[relu]' --schemes '[xavier_normal, kaiming_normal]'
+python initialization.py --depth 30 --learning_rate 0.002 --activations '[relu]'
 tensorboard --logdir logs/initialization
 
 The README's section "Initialisation" explains it.

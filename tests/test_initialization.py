@@ -182,6 +182,7 @@ def test_3_of_30_relu_layers_he_learns_and_xavier_does_not_leave_chance(tmp_path
         activations=["relu"],
         schemes=["xavier_normal", "kaiming_normal"],
         steps=300,
+        learning_rate=0.002,
         data_dir=DATA,
         log_dir=str(tmp_path),
     )
@@ -191,7 +192,8 @@ def test_3_of_30_relu_layers_he_learns_and_xavier_does_not_leave_chance(tmp_path
     assert xavier.accuracy < 0.15
     assert sum(he.losses[-10:]) / 10 < 0.4 * LN_10
     assert he.accuracy > 0.7
-    # Training amplifies the last bit, which differs between processors.
+    # Training amplifies the last bit, which differs between processors: weights changed by 1e-7 end between 88 % and
+    # 91 %. At a learning rate of 0.01 they would end anywhere between 42 % and 88 %.
     assert [100 * xavier.accuracy] == pytest.approx(CLAIMS[6], abs=1)
     assert [100 * he.accuracy] == pytest.approx(CLAIMS[7], abs=4)
 
