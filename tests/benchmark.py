@@ -170,9 +170,8 @@ def random_trials(count: int) -> list[dict[str, Any]]:
 def parallel_sweep(workers: int, threads: int) -> tuple[float, float]:
     """Trials a minute while all workers are busy, and seconds of the whole command, of a sweep of 24 given trials.
 
-    The workers share the threads.
-
-    Each trial has one epoch: so the pruner shortens none, and whoever runs them, they are the same trials.
+    The workers share the threads. Each trial has one epoch: so the pruner shortens none, and whoever runs them, they
+    are the same trials.
     """
     folder = tempfile.mkdtemp()
     Path(folder, "sweep").mkdir()
