@@ -18,7 +18,9 @@ def open_run(folder: Path, resume: bool) -> tuple[int, str | None, int]:
     Returns:
         N, the run's last checkpoint if it has one, and the number of steps that are in it.
     """
-    existing = [int(path.name.removeprefix("version_")) for path in folder.glob("version_*")]
+    # A run that failed at its start has left its folder empty, and there is nothing in it to go on with.
+    runs = [path for path in folder.glob("version_*") if not resume or any(path.iterdir())]
+    existing = [int(path.name.removeprefix("version_")) for path in runs]
     # The processes that the first one starts come here too, when its folder is there.
     if not resume and rank_zero_only.rank == 0:
         for version in count(max(existing, default=-1) + 1):
@@ -71,7 +73,8 @@ class ResumeCallback(pl.Callback):
     is a function of seed and epoch. Left is torch's random state, from which dropout draws: this callback's state.
 
     Raises:
-        MisconfigurationException: if a checkpoint's schedule is not as long as that of the run that loads it.
+        MisconfigurationException: if the checkpoint is of a run with other hyperparameters or a schedule of another
+            length, for its optimiser and schedule would silently replace what the options say.
     """
 
     random_state: torch.Tensor | None = None
@@ -83,8 +86,15 @@ class ResumeCallback(pl.Callback):
         self.random_state = state_dict["random_state"]
 
     def on_load_checkpoint(self, trainer, pl_module, checkpoint: dict) -> None:
+        if trainer.state.fn != "fit":
+            return
+        for name, ours in pl_module.hparams.items():
+            if (theirs := checkpoint["hyper_parameters"].get(name)) != ours:
+                raise MisconfigurationException(
+                    f"the checkpoint's {name} is {theirs}, this run's {ours}: resume with the same options"
+                )
         steps = checkpoint["lr_schedulers"][0]["total_steps"]
-        if trainer.state.fn == "fit" and steps != trainer.estimated_stepping_batches:
+        if steps != trainer.estimated_stepping_batches:
             raise MisconfigurationException(
                 f"the checkpoint's schedule has {steps} steps, this run's {trainer.estimated_stepping_batches}: resume"
                 " with the same max_epochs, batch_size and devices"

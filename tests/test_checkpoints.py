@@ -162,6 +162,8 @@ def test_bad_checkpoints_are_one_line_and_run_nothing(script, tmp_path: Path):
     assert_one_line_error(other_model, "'hidden_sizes': [64]", "'hidden_sizes': [32]")
     other_length = script("main.py", *SMALL, "--max_epochs", 9, "--ckpt_path", last)
     assert_one_line_error(other_length, "108 steps", "972", "max_epochs")
+    other_rate = script("main.py", *SMALL, "--max_epochs", 1, "--learning_rate", 0.5, "--ckpt_path", last)
+    assert_one_line_error(other_rate, "learning_rate is 0.006, this run's 0.5")
     assert last.read_bytes() == before
 
 
@@ -224,7 +226,9 @@ def test_two_first_runs_at_once(tmp_path: Path):
 def test_open_run_numbers_new_runs_and_finds_the_newest(tmp_path: Path):
     assert open_run(tmp_path / "main", resume=True) == (0, None, 0)
     assert [open_run(tmp_path / "main", resume=False)[0] for _ in range(11)] == list(range(11))
-    assert open_run(tmp_path / "main", resume=True) == (10, None, 0)
+    # Only one of them was more than a failed start.
+    (tmp_path / "main/version_9/hparams.yaml").touch()
+    assert open_run(tmp_path / "main", resume=True) == (9, None, 0)
 
 
 def test_killed_rank_ends_the_others_and_the_run_resumes(script, tmp_path: Path):
