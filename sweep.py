@@ -125,7 +125,9 @@ def open_study(storage: str, study_name: str, max_epochs: int) -> "optuna.Study"
     from pytorch_lightning.utilities.exceptions import MisconfigurationException
     from sqlalchemy.exc import ArgumentError, OperationalError
 
-    optuna.logging.set_verbosity(optuna.logging.ERROR)  # the progress bar says it all
+    # The progress bar says it all; Lightning would introduce each trial anew.
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     try:
         # A worker that has not been heard of for 15 seconds is taken for dead, and its trial is run again.
         retry = optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=3)
@@ -192,6 +194,9 @@ def run_trial(trial: "optuna.Trial", n_trials: int, data: "MNISTDataModule", opt
         return objective(trial, data, **options)
     except optuna.TrialPruned:
         raise
+    except KeyboardInterrupt as interrupt:
+        # Optuna would call the trial failed; as it is, it stays open and is run again, as after Ctrl-C in a training.
+        raise SystemExit(1) from interrupt
     except Exception as error:
         trial.set_user_attr("error", str(error))
         raise
@@ -214,7 +219,6 @@ def work(
 
     from common.data import MNISTDataModule
 
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)  # it would introduce each trial anew
     torch.set_num_threads(threads)
     study = open_study(**study_options)
     data = MNISTDataModule(data_dir, seed=options["seed"])
@@ -266,6 +270,7 @@ def main(
         data_dir: Folder of the MNIST files.
         log_dir: Folder for the storage, logs, checkpoints and pictures.
     """
+    import pytorch_lightning as pl
     import torch
 
     from common.data import MNISTDataModule
@@ -279,6 +284,8 @@ def main(
         "max_epochs": max_epochs,
     }
     study = open_study(**study_options)
+    # A device that this machine has not would fail every trial of the study: here it ends the program before the first.
+    pl.Trainer(accelerator=accelerator, devices=devices, logger=False, enable_checkpointing=False)
     if not study.get_trials(deepcopy=False):
         study.enqueue_trial(BASELINE)
 

@@ -238,6 +238,21 @@ def test_interrupt_ends_with_the_results_so_far(tmp_path: Path):
     assert "full length:" in output
 
 
+class Interruption:
+    """Data that Ctrl-C meets before the training."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise KeyboardInterrupt
+
+
+def test_trial_interrupted_before_its_training_is_not_called_failed():
+    study = optuna.create_study(direction="maximize")
+    options = {"folder": "", "max_epochs": 1, "patience": 1, "seed": 0}
+    with pytest.raises(SystemExit):
+        study.optimize(partial(run_trial, n_trials=1, data=Interruption(), options=options), 1, catch=Exception)
+    assert [trial.state for trial in study.trials] == [TrialState.RUNNING]
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -247,6 +262,7 @@ def test_interrupt_ends_with_the_results_so_far(tmp_path: Path):
         (["--patience", "0"], ["--patience", "v>0"]),
         (["--devices", "0"], ["--devices", "v>0"]),
         (["--accelerator", "abacus"], ["--accelerator", "'cpu'"]),
+        (["--accelerator", "mps" if torch.cuda.is_available() else "cuda"], ["accelerator is not available"]),
         (["--seed", "-3"], ["--seed", "v>=0"]),
         (["--trials", "3"], ["unrecognized", "--trials"]),
         (["--workers", "-1"], ["--workers", "v>0"]),
