@@ -3,17 +3,25 @@
 python main.py
 python main.py --help
 
-The README's parts 1 to 5 explain it in the order in which `main` builds it, "Trainer facilities" its options.
-Warnings that are known to be harmless are filtered in `common/__init__.py`.
+Read `main` from top to bottom: data, model, Lightning module, callbacks, Trainer. The README's parts 1 to 5 explain
+them in this order, "Trainer facilities" the options.
 """
 
-import sys
 from pathlib import Path
 from typing import Literal
 
+import pytorch_lightning as pl
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, OpenUnitInterval, PositiveInt
+from pytorch_lightning.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.loggers import TensorBoardLogger
 
-from common.cli import Seed, Share, run
+from common.activations import ActivationHistogramCallback
+from common.callbacks import FiniteLossCallback, GradientHistogramCallback, MetricsCallback, TestPicturesCallback
+from common.classifier import Classifier
+from common.cli import Seed, Share, run_from_command_line
+from common.data import DATA_DIR, MNISTDataModule
+from common.model import MLP
+from common.runs import CheckpointIO, LastCheckpoint, open_run
 
 
 def main(
@@ -36,7 +44,7 @@ def main(
     profiler: Literal["simple", "advanced", "pytorch"] | None = None,
     activation_histograms: bool = False,
     seed: Seed = 42,
-    data_dir: str = "data",
+    data_dir: str = DATA_DIR,
     log_dir: str = "logs",
     ckpt_path: str | None = None,
 ) -> float:
@@ -58,7 +66,7 @@ def main(
         strategy: How several devices work together.
         precision: Of the calculation; "mixed" keeps the weights in 32 bits.
         fast_dev_run: Run this many batches of each stage, or true for one, without logs and checkpoints.
-        overfit_batches: Train on this many batches only, to see whether the model can learn them by heart.
+        overfit_batches: Train on this many batches only, to see whether the model can memorize them.
         profiler: Report where the time goes.
         activation_histograms: Record what each layer puts out, and the gradients that come back to it.
         seed: Of the initial weights, the order of the images and dropout.
@@ -69,54 +77,31 @@ def main(
     Returns:
         Test accuracy of the checkpoint with the best validation accuracy, in [0, 1].
     """
-    # Not at the top of the file: these imports take seconds, which --help need not wait for.
-    import pytorch_lightning as pl
-    from pytorch_lightning.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
-    from pytorch_lightning.loggers import TensorBoardLogger
-
-    from common.callbacks import (
-        ActivationHistogramCallback,
-        FiniteLossCallback,
-        GradientHistogramCallback,
-        MetricsCallback,
-    )
-    from common.checkpoints import ResumeCallback, WholeCheckpointIO, open_run
-    from common.classifier import Classifier
-    from common.data import MNISTDataModule
-    from common.model import MLP
-
     pl.seed_everything(seed)
-
     data = MNISTDataModule(data_dir, batch_size, seed)
     model = MLP(hidden_sizes, activation, dropout)
     classifier = Classifier(model, learning_rate, weight_decay, label_smoothing)
 
-    # What is wrong with the files shows before anything is written.
-    data.prepare_data()
-    resume = ckpt_path == "last"
-    if ckpt_path and not resume:
-        WholeCheckpointIO().load_checkpoint(ckpt_path)
-    version, last_ckpt, steps = open_run(Path(log_dir, "main"), resume) if not fast_dev_run else (0, None, 0)
-    # What TensorBoard has seen of the steps after the checkpoint, the resumed run does again.
-    logger = TensorBoardLogger(log_dir, name="main", version=version, default_hp_metric=False, purge_step=steps)
+    run = open_run(Path(log_dir, "main"), ckpt_path, classifier.hparams, fast_dev_run)
+    # purge_step: what TensorBoard has seen of the steps after the checkpoint, a resumed run does again.
+    logger = TensorBoardLogger(log_dir, name="main", version=run.version, purge_step=run.step, default_hp_metric=False)
 
     best = ModelCheckpoint(monitor="accuracy/val", mode="max", save_on_train_epoch_end=True)
-    # Not save_last=True, which saves only when there is a new best.
-    last = ModelCheckpoint(filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
     callbacks = [
         MetricsCallback(),
+        TestPicturesCallback(),
         GradientHistogramCallback(),
         LearningRateMonitor(logging_interval="step"),
-        # Learning a batch by heart is meant to ruin validation, so that must not stop it.
+        # A batch that is memorized is meant to ruin validation, so that must not stop it.
         EarlyStopping(monitor="accuracy/val", mode="max", patience=max_epochs if overfit_batches else patience),
         FiniteLossCallback(),
-        ResumeCallback(),
         best,
-        last,
+        LastCheckpoint(),
         TQDMProgressBar(refresh_rate=20),
     ]
     if activation_histograms:
         callbacks.append(ActivationHistogramCallback())
+
     trainer = pl.Trainer(
         max_epochs=max_epochs,
         accelerator=accelerator,
@@ -130,24 +115,23 @@ def main(
         logger=logger,
         log_every_n_steps=20,
         callbacks=callbacks,
-        plugins=[WholeCheckpointIO()],
+        plugins=[CheckpointIO()],
     )
-    try:
-        trainer.fit(classifier, data, ckpt_path=last_ckpt if resume else ckpt_path)
-    except (KeyboardInterrupt, SystemExit):  # what Lightning makes of Ctrl-C and of SIGTERM
-        if trainer.is_global_zero:
-            print(f"\nstopped; --ckpt_path last goes on from {last.best_model_path or 'the start'}")
-        sys.exit(1)
-    test = trainer.test(classifier, data, ckpt_path=best.best_model_path or None, verbose=False)
+    trainer.fit(classifier, data, ckpt_path=run.ckpt_path, weights_only=True)
+    [test] = trainer.test(classifier, data, ckpt_path=best.best_model_path or None, weights_only=True, verbose=False)
 
     if trainer.is_global_zero:
-        print(f"\ntest accuracy    {test[0]['accuracy/test']:.2%}")
-        if best.best_model_path:
-            print(f"best checkpoint  {best.best_model_path}")
-            print(f"logs             {trainer.logger.log_dir}")
-            print(f"to look at them  tensorboard --logdir {log_dir}")
-    return test[0]["accuracy/test"]
+        print_summary(test["accuracy/test"], best.best_model_path, logger.log_dir)
+    return test["accuracy/test"]
+
+
+def print_summary(accuracy: float, best_model_path: str, log_dir: str) -> None:
+    print(f"\ntest accuracy    {accuracy:.2%}")
+    if best_model_path:  # a fast_dev_run saves nothing
+        print(f"best checkpoint  {best_model_path}")
+        print(f"logs             {log_dir}")
+        print(f"to look at them  tensorboard --logdir {Path(log_dir).parents[1]}")
 
 
 if __name__ == "__main__":
-    run(main)
+    run_from_command_line(main)

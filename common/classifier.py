@@ -1,11 +1,10 @@
-"""The Lightning module: what one step computes and which optimiser follows it. Metrics are callbacks, not here."""
+"""The Lightning module: what one step computes and which optimizer follows it. Metrics are callbacks, not here."""
 
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from common.model import MLP
@@ -63,11 +62,6 @@ class Classifier(pl.LightningModule):
         self.log(f"loss/{stage}", loss, on_step=False, on_epoch=True, batch_size=float(len(y)), sync_dist=True)
         return {"loss": loss, "y": y, "y_pred": y_pred.detach()}
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        theirs, ours = checkpoint["hyper_parameters"]["model"], self.hparams.model
-        if theirs != ours:
-            raise MisconfigurationException(f"the checkpoint's model is {theirs}, this one is {ours}")
-
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = torch.optim.AdamW(
             self.parameters(), lr=self.hparams.learning_rate, weight_decay=self.hparams.weight_decay, fused=True
@@ -81,7 +75,7 @@ class Classifier(pl.LightningModule):
 class SGDClassifier(Classifier):
     """The same with stochastic gradient descent and momentum 0.9 at a constant learning rate.
 
-    It shows what initialisation does. AdamW divides each weight's gradient by its usual size and so hides how small or
+    It shows what initialization does. AdamW divides each weight's gradient by its usual size and so hides how small or
     how large the gradients are.
     """
 

@@ -1,16 +1,17 @@
-"""The data module: MNIST as two tensors, normalised once, indexed by whole batches."""
+"""The data module: MNIST as two tensors, normalized once, indexed by whole batches."""
 
-import shutil
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytorch_lightning as pl
 import torch
+from filelock import FileLock
 from pytorch_lightning.overrides.distributed import UnrepeatedDistributedSampler
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision.datasets import MNIST
 
+# Beside the scripts, wherever they are started from.
+DATA_DIR = str(Path(__file__).parent.parent / "data")
 # Of the 60,000 training images' pixels scaled to [0, 1].
 MEAN, STD = 0.1307, 0.3081
 TRAIN_SIZE, VAL_SIZE = 55_000, 5_000
@@ -21,6 +22,10 @@ FILE_SIZES = {
     "t10k-images-idx3-ubyte": 16 + 10_000 * 28 * 28,
     "t10k-labels-idx1-ubyte": 8 + 10_000,
 }
+
+
+def whole_files(raw: Path) -> set[str]:
+    return {name for name, size in FILE_SIZES.items() if (raw / name).exists() and (raw / name).stat().st_size == size}
 
 
 class TensorBatches(Dataset):
@@ -55,7 +60,7 @@ class MNISTDataModule(pl.LightningDataModule):
         seed: of the order of the training images, which is a function of this seed and the epoch alone.
     """
 
-    def __init__(self, data_dir: str = "data", batch_size: int = 512, seed: int = 42) -> None:
+    def __init__(self, data_dir: str = DATA_DIR, batch_size: int = 512, seed: int = 42) -> None:
         super().__init__()
         self.data_dir, self.batch_size, self.seed = data_dir, batch_size, seed
         self.train_set = self.val_set = self.test_set = None
@@ -63,30 +68,25 @@ class MNISTDataModule(pl.LightningDataModule):
     def prepare_data(self) -> None:
         """Extracts the files, or downloads what is missing; Lightning calls it on one process of a machine.
 
-        It works in a folder of its own and moves whole files into place, so that an interruption, or a second run at
-        the same time, leaves no half file behind and a damaged file stays what it was.
-
         Raises:
             OSError: if a file is missing or damaged and cannot be downloaded either.
         """
         raw = Path(self.data_dir, "MNIST", "raw")
-        if all((raw / name).exists() and (raw / name).stat().st_size == size for name, size in FILE_SIZES.items()):
+        if whole_files(raw) == FILE_SIZES.keys():
             return
         raw.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=raw) as scratch:
-            copies = Path(scratch, "MNIST", "raw")
-            copies.mkdir(parents=True)
-            for file in raw.glob("*.gz"):
-                shutil.copy(file, copies)
+        # Two first runs at the same time would extract into each other's files.
+        with FileLock(f"{raw}.lock"):
+            # An interruption has left half a file, which torchvision takes for a whole one.
+            for name in FILE_SIZES.keys() - whole_files(raw):
+                (raw / name).unlink(missing_ok=True)
             try:
-                MNIST(scratch, download=True)
+                MNIST(self.data_dir, download=True)
             except RuntimeError as error:
                 raise OSError(f"MNIST is missing or damaged in {raw}, and could not be downloaded") from error
-            for file in copies.iterdir():
-                file.replace(raw / file.name)
 
     def setup(self, stage: str) -> None:
-        """Normalises each image once and puts all of them on the device that trains.
+        """Normalizes each image once and puts all of them on the device that trains.
 
         Lightning calls it on every process before each of fit, validate, test and predict.
         """

@@ -12,7 +12,9 @@ A second moment is the mean of squares, E[z²]: the variance, where the mean is 
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from common.model import ACTIVATIONS, MLP
 
 
 def forward_moments(
@@ -69,3 +71,25 @@ def backward_moments(
 # quadrature miss where q is large. The number of points is even, so that ReLU's kink at 0 lies between two of them.
 GAUSSIAN_Z = torch.linspace(-10, 10, 2000, dtype=torch.float64)
 GAUSSIAN_WEIGHTS = torch.softmax(-GAUSSIAN_Z.square() / 2, dim=0)
+
+
+def predict_stds(model: MLP, images: Tensor, last: float) -> dict[str, list[float]]:
+    """Standard deviation of the pre-activations and of their gradients in each layer, over all images and units.
+
+    Args:
+        model: its activation is `nn.ReLU` or `nn.Tanh`; of its weights only the variances count.
+        images: a batch (batch, ...).
+        last: standard deviation of the gradient at the logits, from which the gradients start.
+
+    Returns:
+        "signals" and "gradients", lists from the first layer to the last.
+    """
+    layers = [layer for layer in model.layers if isinstance(layer, nn.Linear)]
+    activation = ACTIVATIONS[model.hparams["activation"]]()
+    variances = [layer.weight.var(correction=0).item() for layer in layers]
+    forward_weights = [layer.in_features * variance for layer, variance in zip(layers, variances, strict=True)]
+    backward_weights = [layer.out_features * variance for layer, variance in zip(layers, variances, strict=True)]
+    biases = [layer.bias.var(correction=0).item() for layer in layers]
+    moments = forward_moments(activation, images.square().flatten(1).mean(dim=1), forward_weights, biases)
+    deltas = backward_moments(activation, moments, backward_weights, last**2)
+    return {"signals": moments.mean(dim=1).sqrt().tolist(), "gradients": deltas.mean(dim=1).sqrt().tolist()}

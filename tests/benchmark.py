@@ -25,11 +25,13 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import MNIST
 from torchvision.transforms import Compose, Normalize, ToTensor
 
+import common.study
 import sweep
 from common.callbacks import GradientHistogramCallback, MetricsCallback
 from common.classifier import Classifier
 from common.data import MEAN, STD, MNISTDataModule
 from common.model import MLP
+from common.study import run_trial
 
 ROOT = Path(__file__).parent.parent
 DATA, README = str(ROOT / "data"), ROOT / "README.md"
@@ -52,7 +54,7 @@ class StepTimer(pl.Callback):
 
 
 class UsualClassifier(Classifier):
-    """The same model and loss with the optimiser as it is usually written."""
+    """The same model and loss with the optimizer as it is usually written."""
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), lr=self.hparams.learning_rate)
@@ -158,6 +160,10 @@ def publish(mark: str, rows: list[str]) -> None:
     README.write_text(f"{text[:start]}<!-- {mark} -->\n" + "\n".join(rows) + f"\n{text[end:]}")
 
 
+def open_study(storage: str, max_epochs: int) -> optuna.Study:
+    return common.study.open_study(storage, "mnist", sweep.PRUNER, sweep.suggest_hyperparameters, max_epochs)
+
+
 def random_trials(count: int) -> list[dict[str, Any]]:
     """Parameters of trials from all over the search space."""
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
@@ -175,7 +181,7 @@ def parallel_sweep(workers: int, threads: int) -> tuple[float, float]:
     """
     folder = tempfile.mkdtemp()
     Path(folder, "sweep").mkdir()
-    study = sweep.open_study(f"sqlite:///{folder}/sweep/optuna.db", "mnist", max_epochs=1)
+    study = open_study(f"sqlite:///{folder}/sweep/optuna.db", max_epochs=1)
     for params in random_trials(24):
         study.enqueue_trial(params)
     options = ("--n_trials", "24", "--max_epochs", "1", "--workers", str(workers), "--log_dir", folder)
@@ -205,15 +211,16 @@ class TimedDataModule(MNISTDataModule):
 def search(data: TimedDataModule, seed: int, at_full_length: list[dict[str, Any]] | None = None) -> optuna.Study:
     """A study of 20 trials as `sweep.py --seed` runs it, or of given trials without pruning and early stopping."""
     folder = tempfile.mkdtemp()
-    study = sweep.open_study(f"sqlite:///{folder}/optuna.db", "mnist", max_epochs=5)
+    study = open_study(f"sqlite:///{folder}/optuna.db", max_epochs=5)
     options = {"folder": folder, "max_epochs": 5, "patience": 3, "seed": seed, "accelerator": "cpu"}
     if at_full_length:
         study.pruner = optuna.pruners.NopPruner()
         options["patience"] = options["max_epochs"]
-    for params in at_full_length or [sweep.BASELINE]:
+    for params in at_full_length or []:
         study.enqueue_trial(params)
-    run_trial = partial(sweep.run_trial, n_trials=20, data=data, options=options)
-    study.optimize(run_trial, n_trials=20, catch=Exception, callbacks=[data.note_share])
+    objective = partial(sweep.objective, data=data, **options)
+    run_next = partial(run_trial, objective=objective, n_trials=20, seed=seed, baseline=sweep.BASELINE)
+    study.optimize(run_next, n_trials=20, catch=Exception, callbacks=[data.note_share])
     return study
 
 
@@ -285,7 +292,6 @@ def steps() -> None:
         3,
         usual=lambda: command("-c", "from tests.benchmark import usual_example; usual_example(3)"),
         ours=lambda: command("main.py", "--log_dir", logs),
-        help=lambda: command("main.py", "--help"),
     )
     of_step = {
         "usual example, a step": step["usual"],
@@ -296,7 +302,6 @@ def steps() -> None:
     of_run = {
         "usual example, 3 epochs and test": whole["usual"],
         "`main.py`, 10 epochs and test": whole["ours"],
-        "`main.py --help`": whole["help"],
     }
     publish(
         "steps",

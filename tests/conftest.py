@@ -10,10 +10,11 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from common.cli import run_from_command_line
+from common.data import DATA_DIR as DATA
 from common.data import MNISTDataModule
 
 ROOT = Path(__file__).parent.parent
-DATA = str(ROOT / "data")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -40,11 +41,30 @@ def data() -> MNISTDataModule:
 
 @pytest.fixture
 def script(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
-    """Runs a script of this repository in an empty folder, with MNIST from the repository."""
+    """Runs a script of this repository in an empty folder, as a user would."""
 
     def run(name: str, *options: object) -> subprocess.CompletedProcess:
-        command = [sys.executable, str(ROOT / name), "--data_dir", DATA, *map(str, options)]
+        command = [sys.executable, str(ROOT / name), *map(str, options)]
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
+
+    return run
+
+
+@pytest.fixture
+def call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> Callable[..., subprocess.CompletedProcess]:
+    """Calls the `main` of a script with options in the test's own process, which saves the seconds of the imports."""
+
+    def run(main: Callable[..., object], *options: object) -> subprocess.CompletedProcess:
+        monkeypatch.chdir(tmp_path)
+        capsys.readouterr()
+        code = 0
+        try:
+            run_from_command_line(main, list(map(str, options)))
+        except SystemExit as ended:
+            code = ended.code
+        return subprocess.CompletedProcess(options, code, *capsys.readouterr())
 
     return run
 

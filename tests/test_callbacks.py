@@ -14,7 +14,7 @@ from torchmetrics.functional.classification import (
     multiclass_f1_score,
 )
 
-from common.callbacks import GradientHistogramCallback, MetricsCallback
+from common.callbacks import GradientHistogramCallback, MetricsCallback, TestPicturesCallback
 from common.classifier import Classifier
 from common.data import MNISTDataModule
 from common.model import MLP
@@ -32,12 +32,12 @@ class RecordShards(pl.Callback):
         self.seen.append((batch[0].flatten(1).sum(1), outputs["y"], outputs["y_pred"]))
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        [metrics] = [callback for callback in trainer.callbacks if isinstance(callback, MetricsCallback)]
+        [pictures] = [callback for callback in trainer.callbacks if isinstance(callback, TestPicturesCallback)]
         shard = {
             "seen": [torch.cat(parts) for parts in zip(*self.seen, strict=True)],
             "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
-            "confusion": metrics.confusion.compute(),
-            "mistakes": metrics.mistakes["losses"].compute(),
+            "confusion": pictures.confusion.compute(),
+            "mistakes": pictures.mistakes["losses"].compute(),
         }
         torch.save(shard, self.folder / f"{trainer.global_rank}.pt")
 
@@ -54,7 +54,8 @@ def test_metrics_are_those_of_all_test_images_at_once(data: MNISTDataModule, tmp
     # 10,000 images for 3 processes are shares of 3,334, 3,333 and 3,333.
     classifier = trained_classifier(data)
     options = {"devices": processes, "strategy": "ddp_spawn"} if processes > 1 else {}
-    trainer = pl.Trainer(callbacks=[MetricsCallback(), RecordShards(tmp_path)], **options, **QUIET)
+    callbacks = [MetricsCallback(), TestPicturesCallback(), RecordShards(tmp_path)]
+    trainer = pl.Trainer(callbacks=callbacks, **options, **QUIET)
     trainer.test(classifier, MNISTDataModule(DATA, batch_size=300), verbose=False)
 
     shards = [torch.load(tmp_path / f"{rank}.pt") for rank in range(processes)]

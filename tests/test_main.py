@@ -1,5 +1,7 @@
 """`main.py`, run as a user would run it."""
 
+import importlib
+import inspect
 import re
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import torch
 from common.callbacks import MetricsCallback
 from common.classifier import Classifier
 from common.data import MNISTDataModule
+from main import main
 from tests.conftest import DATA, assert_one_line_error, read_events
 from tests.test_classifier import QUIET
 
@@ -84,51 +87,63 @@ def test_two_processes_agree_with_one_on_the_same_weights(script, tmp_path: Path
     assert len(of_two.Images("confusion/test")) == len(of_two.Images("mistakes/test")) == 1
 
 
-def test_help_names_every_option(script):
-    result = script("main.py", "--help")
+@pytest.mark.parametrize("name", ["main", "sweep", "initialization"])
+def test_help_explains_every_option(script, name: str):
+    result = script(f"{name}.py", "--help")
     assert result.returncode == 0
-    for option in ("hidden_sizes", "strategy", "precision", "fast_dev_run", "overfit_batches", "profiler", "ckpt_path"):
-        assert f"--{option}" in result.stdout
+    function = importlib.import_module(name).main
+    explained = re.findall(r"^        (\w+): (.+)$", function.__doc__, flags=re.MULTILINE)
+    assert [option for option, _ in explained] == list(inspect.signature(function).parameters)
+    shown = " ".join(result.stdout.split())
+    for option, words in explained:
+        assert f"--{option}" in shown
+        assert " ".join(words.split()[:4]).rstrip(".") in shown
+
+
+@pytest.mark.parametrize("name", ["main", "sweep", "initialization"])
+def test_script_refuses_bad_input_as_its_main_does(script, tmp_path: Path, name: str):
+    assert_one_line_error(script(f"{name}.py", "--seed", -1), "seed", "v>=0")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--max_epochs", "many"], ["--max_epochs", "PositiveInt"]),
-        (["--batch_size", "0"], ["--batch_size", "v>0"]),
-        (["--hidden_sizes", "[512,-1]"], ["--hidden_sizes", "v>0"]),
-        (["--learning_rate", "1.5"], ["--learning_rate", "v<1"]),
-        (["--dropout", "1"], ["--dropout", "v<1"]),
-        (["--weight_decay", "-1"], ["--weight_decay", "v>=0"]),
-        (["--accelerator", "abacus"], ["--accelerator", "'cpu', 'gpu'"]),
-        (["--activation", "step"], ["--activation", "'relu', 'gelu'"]),
-        (["--profiler", "slow"], ["--profiler", "'simple'"]),
-        (["--max_epochs", "0"], ["--max_epochs", "v>0"]),
-        (["--max_epochs", "2.5"], ["--max_epochs", "PositiveInt"]),
-        (["--batch_size", "-5"], ["--batch_size", "v>0"]),
-        (["--hidden_sizes", "512"], ["--hidden_sizes", "list"]),
-        (["--hidden_sizes", "[a]"], ["--hidden_sizes", "PositiveInt"]),
-        (["--learning_rate", "0"], ["--learning_rate", "v>0"]),
-        (["--learning_rate", "nan"], ["--learning_rate", "v>0"]),
-        (["--dropout", "-0.1"], ["--dropout", "v>=0"]),
-        (["--label_smoothing", "1"], ["--label_smoothing", "v<1"]),
-        (["--patience", "0"], ["--patience", "v>0"]),
-        (["--num_nodes", "0"], ["--num_nodes", "v>0"]),
-        (["--strategy", "prayer"], ["--strategy", "'ddp'"]),
-        (["--precision", "8"], ["--precision", "'32-true'"]),
-        (["--fast_dev_run", "-1"], ["--fast_dev_run", "v>=0"]),
-        (["--overfit_batches", "-1"], ["--overfit_batches", "v>=0"]),
-        (["--seed", "-1"], ["--seed", "v>=0"]),
+        (["--max_epochs", "many"], ["max_epochs", "PositiveInt"]),
+        (["--batch_size", "0"], ["batch_size", "v>0"]),
+        (["--hidden_sizes", "[512,-1]"], ["hidden_sizes", "v>0"]),
+        (["--learning_rate", "1.5"], ["learning_rate", "v<1"]),
+        (["--dropout", "1"], ["dropout", "v<1"]),
+        (["--weight_decay", "-1"], ["weight_decay", "v>=0"]),
+        (["--accelerator", "abacus"], ["accelerator", "'cpu', 'gpu'"]),
+        (["--activation", "step"], ["activation", "'relu', 'gelu'"]),
+        (["--profiler", "slow"], ["profiler", "'simple'"]),
+        (["--max_epochs", "0"], ["max_epochs", "v>0"]),
+        (["--max_epochs", "2.5"], ["max_epochs", "PositiveInt"]),
+        (["--batch_size", "-5"], ["batch_size", "v>0"]),
+        (["--hidden_sizes", "512"], ["hidden_sizes", "list"]),
+        (["--hidden_sizes", "[a]"], ["hidden_sizes", "PositiveInt"]),
+        (["--learning_rate", "0"], ["learning_rate", "v>0"]),
+        (["--learning_rate", "nan"], ["learning_rate", "v>0"]),
+        (["--dropout", "-0.1"], ["dropout", "v>=0"]),
+        (["--label_smoothing", "1"], ["label_smoothing", "v<1"]),
+        (["--patience", "0"], ["patience", "v>0"]),
+        (["--num_nodes", "0"], ["num_nodes", "v>0"]),
+        (["--strategy", "prayer"], ["strategy", "'ddp'"]),
+        (["--precision", "8"], ["precision", "'32-true'"]),
+        (["--fast_dev_run", "-1"], ["fast_dev_run", "v>=0"]),
+        (["--overfit_batches", "-1"], ["overfit_batches", "v>=0"]),
+        (["--seed", "-1"], ["seed", "v>=0"]),
         (["10"], ["unrecognized", "10"]),
-        (["--devices", "none"], ["--devices", "PositiveInt", "'auto'"]),
+        (["--devices", "none"], ["devices", "PositiveInt", "'auto'"]),
         (["--epochs", "3"], ["unrecognized", "--epochs"]),
-        (["--seed"], ["--seed"]),
+        (["--seed"], ["seed"]),
         (["--ckpt_path", "nowhere.ckpt"], ["nowhere.ckpt"]),
         (["--log_dir", "/proc/logs"], ["/proc/logs"]),
         (["--data_dir", "/proc/data"], ["/proc/data"]),
     ],
     ids=lambda value: value[0].removeprefix("--") if value[0].startswith("--") else "",
 )
-def test_bad_input_is_one_line(script, tmp_path: Path, options: list[str], words: list[str]):
-    assert_one_line_error(script("main.py", *options), *words)
+def test_bad_input_is_one_line(call, tmp_path: Path, options: list[str], words: list[str]):
+    assert_one_line_error(call(main, *options), *words)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -1,4 +1,4 @@
-"""The README: its code runs or stands in the repository, its commands run, what it names is there."""
+"""The README and every other page: code runs or stands in the repository, commands run, what is named is there."""
 
 import re
 import shlex
@@ -10,20 +10,28 @@ from pathlib import Path
 import optuna
 import pytest
 
-from tests.conftest import DATA, ROOT
+from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text()
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("d*/*.md")))
+}
 # Of each block: the comment above it, its language, its text, and what follows "prints" after it.
 BLOCK = re.compile(
     r"(?:<!-- (?P<mark>.+?) -->\n)?^```(?P<language>\w+)\n(?P<text>.*?)^```$"
     r"(?:\n\nprints\n\n```text\n(?P<output>.*?)```)?",
     re.MULTILINE | re.DOTALL,
 )
-BLOCKS = [match.groupdict() | {"line": README[: match.start()].count("\n") + 1} for match in BLOCK.finditer(README)]
+BLOCKS = [
+    match.groupdict() | {"page": page, "line": text[: match.start()].count("\n") + 1}
+    for page, text in PAGES.items()
+    for match in BLOCK.finditer(text)
+]
 PYTHON = [block for block in BLOCKS if block["language"] == "python"]
 COMMANDS = [line for block in BLOCKS if block["language"] == "sh" for line in block["text"].splitlines()]
-PROSE = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
-INLINE = re.findall(r"(?<!`)`([^`\n]+)`(?!`)", PROSE)
+PROSE = {page: re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL) for page, text in PAGES.items()}
+INLINE = [words for text in PROSE.values() for words in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", text)]
 # Started with these settings at the end, of which the last one of a name counts.
 SMALL = {
     "main.py": "--max_epochs 1 --hidden_sizes [32]",
@@ -42,11 +50,13 @@ LEFT_OUT = {
     "--storage postgresql": "tests/test_sweep.py starts a server and runs it",
     "-m pytest": "would start itself",
     "-m tests.benchmark": "takes minutes; run by hand",
+    "ruff": ".ci/run calls it",
+    "uv ": "makes another environment",
 }
 
 
 def by_line(block: dict) -> str:
-    return f"line {block['line']}"
+    return f"{block['page']} line {block['line']}"
 
 
 def runnable(command: str) -> bool:
@@ -56,15 +66,13 @@ def runnable(command: str) -> bool:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the reader's commands run one after the other, as some go on from what earlier ones have left."""
-    folder = tmp_path_factory.mktemp("reader")
-    (folder / "data").symlink_to(DATA)
-    return folder
+    return tmp_path_factory.mktemp("reader")
 
 
 @pytest.mark.parametrize("block", [block for block in PYTHON if not block["mark"]], ids=by_line)
 def test_python_block_runs(block: dict, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     monkeypatch.chdir(folder)
-    exec(compile(block["text"], f"README.md, block of line {block['line']}", "exec"), {"__name__": "readme"})
+    exec(compile(block["text"], by_line(block), "exec"), {"__name__": "readme"})
     if block["output"]:
         assert block["output"].strip() in capsys.readouterr().out
 
@@ -124,16 +132,34 @@ def test_every_other_option_named_exists():
     assert named <= set.union(*(options_of(script) for script in SMALL))
 
 
-def test_files_and_links_exist():
+def anchors(page: str) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", PROSE[page], flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+def test_files_named_exist():
     files = {text for text in INLINE if re.fullmatch(r"(common|tests|docs|data)/[\w./]*|\w+\.py", text)}
-    pictures_and_links = set(re.findall(r"\]\((?!http)([^#)\s]+)\)", PROSE))
-    assert {name for name in files | pictures_and_links if not (ROOT / name).exists()} == set()
-    headings = re.findall(r"^#+ (.+)$", PROSE, flags=re.MULTILINE)
-    anchors = {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
-    assert {link for link in re.findall(r"\]\(#([^)]+)\)", PROSE) if link not in anchors} == set()
-    assert {path.name for path in (ROOT / "docs").iterdir()} == {
-        Path(name).name for name in pictures_and_links if name.startswith("docs/")
-    }
+    assert {name for name in files if not (ROOT / name).exists()} == set()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_pictures_exist(page: str):
+    for name, anchor in re.findall(r"\]\((?!http)([^#)\s]*)(?:#([^)]+))?\)", PROSE[page]):
+        target = ((ROOT / page).parent / name).resolve() if name else ROOT / page
+        assert target.exists(), name
+        assert not anchor or anchor in anchors(str(target.relative_to(ROOT))), anchor
+
+
+def test_every_picture_is_shown_and_drawn_by_a_command():
+    pictures = {path.name for path in (ROOT / "docs").glob("*.png")}
+    shown = {Path(name).name for text in PROSE.values() for name in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text)}
+    assert pictures == shown
+    assert {name for name in pictures if name not in PAGES["docs/README.md"]} == set()
+
+
+def test_every_page_is_linked():
+    linked = set(re.findall(r"\]\(([^#)\s]+\.md)", README))
+    assert {page for page in PAGES if page not in linked} == {"README.md"}
 
 
 def test_classes_and_functions_named_exist():
@@ -142,7 +168,7 @@ def test_classes_and_functions_named_exist():
     )
     ours = {text for text in INLINE if re.fullmatch(r"[A-Z]\w*(Callback|Classifier|DataModule)|MLP|[A-Z]{6,}", text)}
     # "`name` in `file`" is said in prose.
-    for name, file in re.findall(r"`(\w+)`(?: \w+)? in\s+`([\w./]+\.py)`", PROSE):
+    for name, file in re.findall(r"`(\w+)`(?: \w+)? in\s+`([\w./]+\.py)`", "\n".join(PROSE.values())):
         assert re.search(rf"^\s*(def|class) {name}\b|^{name}\b", (ROOT / file).read_text(), re.MULTILINE), name
     elsewhere = {name for name in ours if hasattr(optuna.study, name)}
     assert {name for name in ours - elsewhere if not re.search(rf"\b{name}\b", source)} == set()

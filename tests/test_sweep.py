@@ -24,8 +24,9 @@ from optuna.trial import TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from common.data import MNISTDataModule, TensorBatches
+from common.study import run_trial
 from main import main
-from sweep import BASELINE, run_trial, suggest_hyperparameters
+from sweep import BASELINE, objective, suggest_hyperparameters
 from sweep import main as sweep
 from tests.conftest import DATA, ROOT, assert_one_line_error, read_events
 
@@ -55,15 +56,10 @@ def test_neighbouring_seeds_search_elsewhere(data: MNISTDataModule, tmp_path: Pa
     data.train_set = TensorBatches(data.train_set.images[:1024], data.train_set.labels[:1024])
 
     def dropouts(seed: int) -> set[float]:
-        options = {
-            "folder": str(tmp_path / str(seed)),
-            "max_epochs": 1,
-            "patience": 1,
-            "seed": seed,
-            "accelerator": "cpu",
-        }
+        options = {"folder": str(tmp_path / str(seed)), "max_epochs": 1, "patience": 1, "accelerator": "cpu"}
+        train = partial(objective, data=data, seed=seed, **options)
         study = optuna.create_study(direction="maximize")
-        study.optimize(partial(run_trial, n_trials=3, data=data, options=options), n_trials=3)
+        study.optimize(partial(run_trial, objective=train, n_trials=3, seed=seed), n_trials=3)
         return {trial.params["dropout"] for trial in finished(study)}
 
     zero, one = dropouts(0), dropouts(1)
@@ -158,7 +154,7 @@ def postgresql(tmp_path: Path) -> Iterator[str]:
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
 def test_trial_of_a_killed_worker_is_run_again(kind: str, tmp_path: Path, request: pytest.FixtureRequest):
     storage = f"sqlite:///{tmp_path}/study.db" if kind == "sqlite" else request.getfixturevalue("postgresql")
-    command = [sys.executable, str(ROOT / "sweep.py"), "--data_dir", DATA, "--storage", storage]
+    command = [sys.executable, str(ROOT / "sweep.py"), "--storage", storage]
     options = ["--n_trials", "4", "--workers", "2", "--max_epochs", "2"]
     sweeping = subprocess.Popen([*command, *options], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     running = []
@@ -197,7 +193,7 @@ def test_hopeless_trials_are_pruned_and_broken_ones_recorded(script, tmp_path: P
     assert hopeless.state == TrialState.PRUNED
     assert hopeless.user_attrs["steps"] < 3 * 54
     assert broken.state == TrialState.FAIL
-    assert "trial 4 failed: the loss is nan at step" in result.stdout
+    assert "trial 4 failed: loss/train is nan after step" in result.stdout
 
 
 def test_trial_on_two_processes_is_pruned_on_both(script, tmp_path: Path):
@@ -222,7 +218,7 @@ def test_trial_on_two_processes_is_pruned_on_both(script, tmp_path: Path):
 
 
 def test_interrupt_ends_with_the_results_so_far(tmp_path: Path):
-    command = [sys.executable, str(ROOT / "sweep.py"), "--data_dir", DATA, "--n_trials", "50", "--max_epochs", "1"]
+    command = [sys.executable, str(ROOT / "sweep.py"), "--n_trials", "50", "--max_epochs", "1"]
     sweeping = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     done = 0
     while done < 2:
@@ -238,45 +234,42 @@ def test_interrupt_ends_with_the_results_so_far(tmp_path: Path):
     assert "full length:" in output
 
 
-class Interruption:
-    """Data that Ctrl-C meets before the training."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        raise KeyboardInterrupt
+def interrupted(trial: optuna.Trial) -> float:
+    """An objective that Ctrl-C meets before the training."""
+    raise KeyboardInterrupt
 
 
 def test_trial_interrupted_before_its_training_is_not_called_failed():
     study = optuna.create_study(direction="maximize")
-    options = {"folder": "", "max_epochs": 1, "patience": 1, "seed": 0}
     with pytest.raises(SystemExit):
-        study.optimize(partial(run_trial, n_trials=1, data=Interruption(), options=options), 1, catch=Exception)
+        study.optimize(partial(run_trial, objective=interrupted, n_trials=1, seed=0), 1, catch=Exception)
     assert [trial.state for trial in study.trials] == [TrialState.RUNNING]
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--n_trials", "0"], ["--n_trials", "v>0"]),
-        (["--n_trials", "some"], ["--n_trials", "PositiveInt"]),
-        (["--max_epochs", "0"], ["--max_epochs", "v>0"]),
-        (["--patience", "0"], ["--patience", "v>0"]),
-        (["--devices", "0"], ["--devices", "v>0"]),
-        (["--accelerator", "abacus"], ["--accelerator", "'cpu'"]),
+        (["--n_trials", "0"], ["n_trials", "v>0"]),
+        (["--n_trials", "some"], ["n_trials", "PositiveInt"]),
+        (["--max_epochs", "0"], ["max_epochs", "v>0"]),
+        (["--patience", "0"], ["patience", "v>0"]),
+        (["--devices", "0"], ["devices", "v>0"]),
+        (["--accelerator", "abacus"], ["accelerator", "'cpu'"]),
         (["--accelerator", "mps" if torch.cuda.is_available() else "cuda"], ["accelerator is not available"]),
-        (["--seed", "-3"], ["--seed", "v>=0"]),
+        (["--seed", "-3"], ["seed", "v>=0"]),
         (["--trials", "3"], ["unrecognized", "--trials"]),
-        (["--workers", "-1"], ["--workers", "v>0"]),
-        (["--timeout", "0"], ["--timeout", "v>0"]),
+        (["--workers", "-1"], ["workers", "v>0"]),
+        (["--timeout", "0"], ["timeout", "v>0"]),
         (["--storage", "carrier-pigeon://loft"], ["carrier-pigeon"]),
         (["--storage", "nonsense"], ["nonsense"]),
         (["--storage", "postgresql+psycopg://nobody@127.0.0.1:9/none"], ["127.0.0.1", "refused"]),
-        (["--storage", "mysql://root@127.0.0.1/none"], ["driver", "requirements-postgresql.txt"]),
+        (["--storage", "mysql://root@127.0.0.1/none"], ["driver", "not installed"]),
         (["--log_dir", "/proc/logs"], ["/proc/logs"]),
     ],
     ids=lambda value: value[-1] if value[0].startswith("--") else "",
 )
-def test_bad_input_is_one_line(script, options: list[str], words: list[str]):
-    assert_one_line_error(script("sweep.py", *options), *words)
+def test_bad_input_is_one_line(call, options: list[str], words: list[str]):
+    assert_one_line_error(call(sweep, *options), *words)
 
 
 def test_other_search_space_or_length_is_refused(script, tmp_path: Path):

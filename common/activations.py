@@ -1,0 +1,163 @@
+"""What `initialization.py` measures while a network trains: all that goes through its layers, and the loss curve."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+import pytorch_lightning as pl
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from torch.utils.tensorboard import SummaryWriter
+
+from common.callbacks import histogram_writer_or_warning, mean_and_std
+from common.model import ACTIVATIONS
+
+# The units that an activation makes useless, as the callback below names them.
+DEFECTS = {"tanh": "saturated", "relu": "dead"}
+
+
+@dataclass
+class Result:
+    """What one run has measured. Lists go from the first layer to the last; the logits are a layer too.
+
+    All but `losses` and `accuracy` are of the first batch, at step 0. `signals` and `gradients` are the pre-activations
+    and the loss's gradients with respect to them, `theory` is their standard deviation by `common/theory.py`, and
+    `samples` has the activations and gradients of a few hidden layers, counted from 1.
+    """
+
+    activation: str
+    scheme: str
+    losses: list[float]
+    accuracy: float
+    activation_stds: list[float]
+    defects: list[float]  # share of dead units (ReLU) or of saturated outputs (tanh)
+    stds: dict[Literal["signals", "gradients"], list[float]]
+    theory: dict[Literal["signals", "gradients"], list[float]]
+    samples: dict[Literal["activations", "gradients"], dict[int, np.ndarray]]
+
+
+def in_order(values: dict[str, Any], tag: str) -> list[Any]:
+    """Returns the values named `{tag}/{layer}`, from the first layer to the last."""
+    found = [value for name, value in values.items() if name.startswith(f"{tag}/")]
+    # They were recorded as they were calculated, and gradients come from the last layer.
+    return found[::-1] if tag.startswith("backpropagated") else found
+
+
+class ActivationHistogramCallback(pl.Callback):
+    """Records what goes through each layer in training, forwards and backwards, by forward hooks.
+
+    `{what}/{name}` is a histogram, `{what}_mean/{name}` and `{what}_std/{name}` are scalars, where `what` is
+
+    - `preactivation`: what an `nn.Linear` puts out,
+    - `backpropagated`: the gradient of the loss with respect to that, which is what vanishes or explodes with depth;
+      `GradientHistogramCallback` has the gradients of the weights.
+    - `activation`: what an activation puts out. Of a ReLU `activation_dead/{name}` is the share of units that are 0 for
+      all images of the batch, of a tanh `activation_saturated/{name}` the share of outputs beyond ±0.99, where the
+      slope is less than 2 %.
+
+    Args:
+        every_n_steps: as of `GradientHistogramCallback`.
+
+    Attributes:
+        history: the same scalars, as `history[step]["activation_std/{name}"]`.
+        first_values: the tensors (batch, units) of the first recorded step, as `first_values["activation/{name}"]`.
+    """
+
+    def __init__(self, every_n_steps: int = 50) -> None:
+        self.every_n_steps = every_n_steps
+        self.writer: SummaryWriter | None = None
+        self.recording = False
+        self.history: dict[int, dict[str, float]] = {}
+        self.first_values: dict[str, Tensor] = {}
+        self.handles: list[RemovableHandle] = []
+
+    def on_fit_start(self, trainer, pl_module) -> None:
+        self.writer = histogram_writer_or_warning(trainer, self)
+        for name, module in pl_module.named_modules():
+            if isinstance(module, nn.Linear):
+                self.handles.append(module.register_forward_hook(partial(self._record_linear, trainer, name)))
+            elif isinstance(module, tuple(ACTIVATIONS.values())):
+                self.handles.append(module.register_forward_hook(partial(self._record_activation, trainer, name)))
+
+    # Lightning calls teardown after a fit that went well, and on_exception instead of it after one that did not.
+    def teardown(self, trainer, pl_module, stage: str) -> None:
+        self._remove_hooks()
+
+    def on_exception(self, trainer, pl_module, exception: BaseException) -> None:
+        self._remove_hooks()
+
+    def on_train_batch_start(self, trainer, pl_module, batch: Any, batch_idx: int) -> None:
+        # With accumulated gradients several batches share a step; the first one stands for them.
+        first = batch_idx % trainer.accumulate_grad_batches == 0
+        self.recording = trainer.is_global_zero and first and trainer.global_step % self.every_n_steps == 0
+
+    def on_train_batch_end(self, trainer, pl_module, outputs: dict[str, Tensor], batch: Any, batch_idx: int) -> None:
+        self.recording = False
+
+    def at_start(self, tag: str) -> list[float]:
+        """Returns a scalar of the first recorded step, for each layer from the first to the last."""
+        return in_order(self.history[min(self.history)], tag)
+
+    def samples(self) -> dict[str, dict[int, np.ndarray]]:
+        """Returns activations and gradients of about five hidden layers at the first recorded step."""
+        values = {"activations": "activation", "gradients": "backpropagated"}
+        layers = {what: in_order(self.first_values, tag) for what, tag in values.items()}
+        depth = len(layers["activations"])
+        shown = sorted({round(layer) for layer in np.linspace(1, depth, 5)})
+        return {what: {i: tensors[i - 1].cpu().numpy() for i in shown} for what, tensors in layers.items()}
+
+    def _record_linear(
+        self, trainer: pl.Trainer, name: str, module: nn.Module, inputs: tuple[Tensor], output: Tensor
+    ) -> None:
+        if self.recording:
+            self._record(trainer, "preactivation", name, output.detach())
+            # With precision 16-mixed the gradients are those of the loss times this scale.
+            scaler = getattr(trainer.precision_plugin, "scaler", None)
+            scale = scaler.get_scale() if scaler else 1.0
+            output.register_hook(lambda gradient: self._record(trainer, "backpropagated", name, gradient / scale))
+
+    def _record_activation(
+        self, trainer: pl.Trainer, name: str, module: nn.Module, inputs: tuple[Tensor], output: Tensor
+    ) -> None:
+        if self.recording:
+            self._record(trainer, "activation", name, output.detach())
+            scalars = {}
+            if isinstance(module, nn.ReLU):
+                scalars[f"activation_dead/{name}"] = (output == 0).all(dim=0).float().mean().item()
+            elif isinstance(module, nn.Tanh):
+                scalars[f"activation_saturated/{name}"] = (output.abs() > 0.99).float().mean().item()
+            self._write(trainer, scalars)
+
+    def _record(self, trainer: pl.Trainer, what: str, name: str, values: Tensor) -> None:
+        if trainer.global_step == min(self.history, default=trainer.global_step):
+            self.first_values[f"{what}/{name}"] = values
+        self._write(trainer, mean_and_std(what, name, values))
+        if self.writer and values.isfinite().all():
+            self.writer.add_histogram(f"{what}/{name}", values, trainer.global_step, bins=64)
+
+    def _write(self, trainer: pl.Trainer, scalars: dict[str, float]) -> None:
+        self.history.setdefault(trainer.global_step, {}).update(scalars)
+        if self.writer:
+            for tag, value in scalars.items():
+                self.writer.add_scalar(tag, value, trainer.global_step)
+
+    def _remove_hooks(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+
+
+class LossCurveCallback(pl.Callback):
+    """Logs the training loss of each step as `loss/step` and keeps them all in `losses`; `losses[0]` is that at step 0.
+
+    `self.log(..., on_step=True)` would log them too, but keep only the last one.
+    """
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs: dict[str, Tensor], batch: Any, batch_idx: int) -> None:
+        if trainer.logger:
+            trainer.logger.log_metrics({"loss/step": outputs["loss"].item()}, step=len(self.losses))
+        self.losses.append(outputs["loss"].item())

@@ -1,0 +1,183 @@
+"""The pictures of `initialization.py`, drawn from its results, and those of a study that `sweep.py` has searched."""
+
+import math
+from pathlib import Path
+from textwrap import fill
+from typing import Literal
+
+import matplotlib.pyplot as plt
+import numpy as np
+import optuna
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+from optuna.importance import PedAnovaImportanceEvaluator
+from optuna.visualization import matplotlib as plots
+
+from common.activations import Result
+
+# The color of each scheme in every picture.
+COLORS = {
+    "zeros": "dimgray",
+    "constant": "darkgray",
+    "normal_small": "darkturquoise",
+    "normal_large": "red",
+    "classic_uniform": "darkorange",
+    "pytorch_default": "#d4b000",
+    "xavier_uniform": "limegreen",
+    "xavier_normal": "green",
+    "kaiming_uniform": "deepskyblue",
+    "kaiming_normal": "blue",
+    "orthogonal": "darkviolet",
+    "lsuv": "hotpink",
+}
+
+
+def save_pictures(results: list[Result], folder: Path) -> list[Path]:
+    """Draws all pictures as PNG files and returns where they are."""
+    pictures = {"depth": draw_depth(results), "curves": draw_curves(results)} if results else {}
+    for activation in dict.fromkeys(result.activation for result in results):
+        of_activation = [result for result in results if result.activation == activation]
+        pictures[f"activations_{activation}"] = draw_histograms(of_activation, "activations")
+        pictures[f"gradients_{activation}"] = draw_histograms(of_activation, "gradients")
+    for name, figure in pictures.items():
+        figure.savefig(folder / f"{name}.png", dpi=150)
+        plt.close(figure)
+    return [folder / f"{name}.png" for name in pictures]
+
+
+def draw_depth(results: list[Result]) -> Figure:
+    """Draws the standard deviation of signals and gradients in each layer at step 0, and over it the theory."""
+    labels = {"signals": "std of the pre-activations", "gradients": "std of the back-propagated gradients"}
+    activations = list(dict.fromkeys(result.activation for result in results))
+    figure, axes = plt.subplots(2, len(activations), figsize=(9, 8), squeeze=False, layout="constrained")
+    for row, what in enumerate(labels):
+        for axis, activation in zip(axes[row], activations, strict=True):
+            nowhere = []
+            for result in results:
+                if result.activation == activation:
+                    layers = range(1, len(result.stds[what]) + 1)
+                    axis.plot(
+                        layers, above_zero(result.stds[what]), color=COLORS[result.scheme], linewidth=4, alpha=0.7
+                    )
+                    axis.plot(layers, above_zero(result.theory[what]), "k--", linewidth=0.8)
+                    if not any(result.stds[what][:-1]):
+                        nowhere.append(result.scheme)
+            axis.set_yscale("log")
+            # What explodes or vanishes leaves the picture, so that the rest can be told apart.
+            bottom, top = axis.get_ylim()
+            low, high = (1e-6, 1e4) if what == "signals" else (1e-9, 1e1)
+            axis.set(ylim=(max(bottom, low), min(top, high)), title=activation)
+            axis.set_xlabel(with_notes("layer", {"0 in all hidden layers": nowhere}))
+            axis.xaxis.get_major_locator().set_params(integer=True)
+            axis.grid(alpha=0.3)
+        axes[row, 0].set_ylabel(labels[what])
+    draw_legend(figure, results, Line2D([], [], color="black", linewidth=0.8, linestyle="--", label="theory"))
+    return figure
+
+
+def draw_curves(results: list[Result]) -> Figure:
+    """Draws the training loss of each step, smoothed."""
+    activations = list(dict.fromkeys(result.activation for result in results))
+    figure, axes = plt.subplots(1, len(activations), figsize=(9, 5.2), squeeze=False, layout="constrained")
+    for axis, activation in zip(axes[0], activations, strict=True):
+        stuck, overflown = [], []
+        for result in results:
+            if result.activation == activation:
+                window = min(10, len(result.losses))
+                smooth = np.convolve(result.losses, np.full(window, 1 / window), mode="valid")
+                axis.plot(np.arange(len(smooth)) + window, smooth, color=COLORS[result.scheme])
+                if not np.isfinite(smooth).all():
+                    overflown.append(result.scheme)
+                elif np.allclose(smooth, math.log(10), rtol=0.02):
+                    stuck.append(result.scheme)
+        axis.axhline(math.log(10), color="black", linewidth=0.8, linestyle=":")
+        axis.set(ylim=(0, 2 * math.log(10)), title=activation)
+        axis.set_xlabel(with_notes("step", {"stay at ln 10": stuck, "overflow": overflown}))
+        axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("training loss, mean of 10 steps")
+    draw_legend(figure, results, Line2D([], [], color="black", linewidth=0.8, linestyle=":", label="ln 10, chance"))
+    return figure
+
+
+def draw_legend(figure: Figure, results: list[Result], last: Line2D) -> None:
+    schemes = dict.fromkeys(result.scheme for result in results)
+    handles = [Line2D([], [], color=COLORS[scheme], linewidth=4, label=scheme) for scheme in schemes]
+    figure.legend(handles=[*handles, last], loc="outside lower center", ncols=5, fontsize=9)
+
+
+def with_notes(label: str, notes: dict[str, list[str]]) -> str:
+    """Adds to an axis label what has no visible line, or one hidden by others: {note: schemes}."""
+    return "\n".join([label, *(fill(f"{note}: {', '.join(names)}", 60) for note, names in notes.items() if names)])
+
+
+def above_zero(values: list[float]) -> list[float]:
+    """Zero has no place on a logarithmic axis."""
+    return [value if value > 0 else math.nan for value in values]
+
+
+def draw_histograms(results: list[Result], what: Literal["activations", "gradients"]) -> Figure:
+    """Draws the values of some layers at step 0, a panel for each scheme, after Glorot & Bengio 2010, figures 6 and 7.
+
+    Activations of tanh have a linear axis as there. What spans decades, the outputs of ReLU and gradients, has an axis
+    of powers of ten, which shows their magnitudes without the zeros.
+    """
+    activation = results[0].activation
+    linear = what == "activations" and activation == "tanh"
+    columns = min(4, len(results))
+    rows = -(-len(results) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(9, 1.4 + 1.9 * rows), squeeze=False, layout="constrained")
+    depths = list(results[0].samples[what])
+    colors = dict(zip(depths, plt.colormaps["viridis"](np.linspace(0, 0.9, len(depths))), strict=True))
+    for axis, result in zip(axes.flat, results, strict=False):
+        for layer, values in result.samples[what].items():
+            shown = values if linear else np.log10(np.abs(values[(values != 0) & np.isfinite(values)]))
+            if shown.size:
+                counts, edges = np.histogram(shown, bins=40, range=(-1, 1) if linear else None)
+                axis.stairs(counts / counts.max(), edges, color=colors[layer])
+        if not axis.patches:
+            axis.text(0.5, 0.5, "all are 0", transform=axis.transAxes, ha="center", color="gray")
+            axis.set_xticks([])
+        elif linear:
+            axis.set_xticks([-1, 0, 1])
+        else:
+            # At least two decades, for two labels.
+            low, high = axis.get_xlim()
+            axis.set_xlim(min(low, (low + high) / 2 - 1), max(high, (low + high) / 2 + 1))
+            axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+            axis.xaxis.set_major_formatter(lambda exponent, position: f"$10^{{{exponent:.0f}}}$")
+        axis.set_title(result.scheme, fontsize=10, color=COLORS[result.scheme], fontweight="bold")
+        axis.set_yticks([])
+    for axis in axes.flat[len(results) :]:
+        axis.axis("off")
+    name = "activations" if what == "activations" else "back-propagated gradients"
+    figure.suptitle(f"{activation}: histograms of the {name} at step 0" + ("" if linear else ", by magnitude"))
+    figure.supylabel("frequency (highest = 1)", fontsize=10)
+    figure.legend(
+        handles=[Line2D([], [], color=colors[layer], label=f"layer {layer}") for layer in depths],
+        loc="outside lower center",
+        ncols=len(depths),
+        fontsize=9,
+    )
+    return figure
+
+
+def save_study_pictures(study: optuna.Study, folder: Path) -> None:
+    """Saves Optuna's pictures of the study as PNG files."""
+    # Parameters of every trial only: most trials have no third layer.
+    shared = ["learning_rate", "batch_size", "depth", "hidden_size_0", "activation", "dropout", "weight_decay"]
+    pictures = {
+        "history": lambda: plots.plot_optimization_history(study),
+        "intermediate_values": lambda: plots.plot_intermediate_values(study),
+        "parallel_coordinate": lambda: plots.plot_parallel_coordinate(study, params=shared),
+        # Not Optuna's default evaluator, which needs scikit-learn.
+        "importances": lambda: plots.plot_param_importances(study, evaluator=PedAnovaImportanceEvaluator()),
+    }
+    for name, plot in pictures.items():
+        figure = plot().figure
+        figure.set_size_inches(11, 5)
+        if name == "parallel_coordinate":
+            for axis in figure.axes:
+                axis.grid(False)  # one grid for each parameter would hide the trials
+        figure.savefig(folder / f"{name}.png", dpi=100, bbox_inches="tight")
+        plt.close(figure)

@@ -1,0 +1,209 @@
+"""Where a run of `main.py` lives and how it survives: its folder, whole checkpoints, and what resuming needs."""
+
+import io
+import os
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.utilities import rank_zero_only
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+
+@dataclass
+class Run:
+    """The folder `version_N` of a run, and the checkpoint that it goes on from, after so many steps."""
+
+    version: int = 0
+    ckpt_path: str | None = None
+    step: int = 0
+
+
+def open_run(folder: Path, ckpt_path: str | None, hparams: Mapping[str, Any], fast_dev_run: int | bool = False) -> Run:
+    """Makes the folder of a new run, or finds the newest run if `ckpt_path` is "last".
+
+    Raises:
+        OSError, MisconfigurationException: if the checkpoint cannot be resumed. Nothing has been written then.
+    """
+    version = None
+    if ckpt_path == "last":
+        # A run that failed at its start has left its folder empty, and there is nothing in it to go on with.
+        started = [number for number, path in versions(folder).items() if any(path.iterdir())]
+        version = max(started, default=None)
+        last = folder / f"version_{version}" / "checkpoints" / "last.ckpt"
+        ckpt_path = str(last) if last.exists() else None
+    # Only the first process writes into the folder, and it alone needs to have the checkpoint's file.
+    if rank_zero_only.rank != 0:
+        return Run(version or 0, ckpt_path)
+    step = resumable_step(ckpt_path, hparams) if ckpt_path else 0
+    if version is None and not fast_dev_run:
+        version = make_version(folder)
+    return Run(version or 0, ckpt_path, step)
+
+
+def versions(folder: Path) -> dict[int, Path]:
+    """Finds the folders `version_N` by their number."""
+    numbers = {path: path.name.removeprefix("version_") for path in folder.glob("version_*")}
+    return {int(number): path for path, number in numbers.items() if number.isdecimal()}
+
+
+def make_version(folder: Path) -> int:
+    """Makes the folder `version_N` of the next free number, which another run may take at the same moment."""
+    for version in count(max(versions(folder), default=-1) + 1):
+        try:
+            (folder / f"version_{version}").mkdir(parents=True)
+            return version
+        except FileExistsError:
+            continue
+
+
+def resumable_step(path: str, hparams: Mapping[str, Any]) -> int:
+    """Returns the number of steps after which a checkpoint was saved.
+
+    Raises:
+        OSError: if the file is missing, damaged or no checkpoint of `main.py`. A pickle in it is not run.
+        MisconfigurationException: if its run had other hyperparameters.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise OSError(f"{path} is damaged, or holds more than tensors and plain values") from error
+    if not isinstance(checkpoint, dict) or checkpoint.get("hyper_parameters", {}).keys() != hparams.keys():
+        raise OSError(f"{path} is no checkpoint of main.py")
+    if "optimizer_states" not in checkpoint:
+        raise OSError(
+            f"{path} holds weights only, as those of sweep.py do, and no training can go on from it; to use the"
+            " weights: Classifier.load_from_checkpoint"
+        )
+    for name, requested in hparams.items():
+        if (stored := checkpoint["hyper_parameters"][name]) != requested:
+            raise MisconfigurationException(
+                f"the checkpoint's {name} is {stored}, this run's {requested}: resume with the same options"
+            )
+    return checkpoint["global_step"]
+
+
+class CheckpointIO(TorchCheckpointIO):
+    """Writes checkpoints that are whole or not there at all, and reads them on the first process for all.
+
+    Lightning writes into the system's temporary folder, from where a checkpoint on another disk is copied bit by bit,
+    and reads on every process, though on several hosts without a shared disk only the first one has the file.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str, storage_options: Any = None) -> None:
+        partial = Path(f"{path}.partial")
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        whole = io.BytesIO()  # torch would hide that a disk is full behind an error of its own
+        torch.save(checkpoint, whole)
+        try:
+            with partial.open("wb") as file:
+                file.write(whole.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())  # or a power cut may leave the new name with nothing behind it
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def load_checkpoint(self, path: str, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
+        if not torch.distributed.is_initialized():
+            return super().load_checkpoint(path, map_location, weights_only)
+        received: list[dict[str, Any] | OSError | None] = [None]
+        if torch.distributed.get_rank() == 0:
+            try:
+                received = [super().load_checkpoint(path, map_location, weights_only)]
+            except OSError as error:  # the others would wait for ever if it did not reach them
+                received = [error]
+        torch.distributed.broadcast_object_list(received)
+        if isinstance(received[0], OSError):
+            raise received[0]
+        return received[0]
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """Saves `last.ckpt` after each epoch, with all that a resumed run needs to end with the same bits (on CPU).
+
+    Lightning saves weights, optimizer, schedule and progress, and the order of the images is a function of seed and
+    epoch. Left is torch's random state, from which dropout draws. `ModelCheckpoint(save_last=True)` would not do: it
+    saves only when there is a new best.
+
+    Raises:
+        MisconfigurationException: if the checkpoint's schedule is of another length, or if not all processes resume.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
+        self.random_state: dict[str, Any] = {}
+
+    def setup(self, trainer, pl_module, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        resumes = trainer.ckpt_path is not None
+        if stage == "fit" and trainer.strategy.broadcast(resumes) != resumes:
+            raise MisconfigurationException(
+                "only some hosts have found a last checkpoint: give --ckpt_path the path that it has on the first one"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        return super().state_dict() | {"random_state": {"cpu": torch.get_rng_state(), "cuda": cuda}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.random_state = state_dict["random_state"]
+
+    def on_load_checkpoint(self, trainer, pl_module, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn != "fit":
+            return
+        stored, requested = checkpoint["lr_schedulers"][0]["total_steps"], trainer.estimated_stepping_batches
+        if stored != requested:
+            raise MisconfigurationException(
+                f"the checkpoint's schedule has {stored} steps, this run's {requested}:"
+                " resume with the same max_epochs, batch_size and devices"
+            )
+        for callback in trainer.checkpoint_callbacks:
+            find_best_again(checkpoint["callbacks"].get(callback.state_key, {}), callback, trainer.ckpt_path)
+        # The first process alone is sure to see the files, and all must know of the same ones.
+        checkpoint["callbacks"] = trainer.strategy.broadcast(checkpoint["callbacks"])
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        super().on_train_start(trainer, pl_module)
+        if self.random_state:
+            torch.set_rng_state(self.random_state["cpu"])
+            # A list for each GPU of the machine; the run may go on with another number of them.
+            if len(self.random_state["cuda"]) == torch.cuda.device_count():
+                torch.cuda.set_rng_state_all(self.random_state["cuda"])
+        stopping = trainer.early_stopping_callback
+        # Lightning forgets that it had stopped and would train another epoch.
+        if stopping and stopping.wait_count >= stopping.patience:
+            trainer.should_stop = True
+
+    def on_exception(self, trainer, pl_module, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
+        # Ctrl-C and SIGTERM; an error speaks for itself.
+        if isinstance(exception, KeyboardInterrupt | SystemExit) and trainer.is_global_zero:
+            print(f"\nstopped; --ckpt_path last goes on from {self.best_model_path or 'the start'}")
+
+
+def find_best_again(state: dict[str, Any], callback: ModelCheckpoint, ckpt_path: str) -> None:
+    """Mends the state of a `ModelCheckpoint`, which forgets the best model if its folder has another name now.
+
+    It has another name after a move, from another working directory, or where a new run goes on with an old checkpoint.
+    """
+
+    def found(path: str) -> str:
+        beside = Path(ckpt_path).absolute().with_name(Path(path).name)
+        return str(beside) if beside.exists() else path
+
+    state["dirpath"] = callback.dirpath
+    if callback.monitor:
+        if not Path(found(state.get("best_model_path", ""))).is_file():
+            state.clear()
+            return
+        state["best_model_path"] = found(state["best_model_path"])
+        state["kth_best_model_path"] = found(state["kth_best_model_path"])
+        state["best_k_models"] = {found(path): score for path, score in state["best_k_models"].items()}
