@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pytorch_lightning as pl
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from torch.utils.tensorboard import SummaryWriter
@@ -19,11 +20,11 @@ DEFECTS = {"tanh": "saturated", "relu": "dead"}
 
 @dataclass
 class Result:
-    """What one run has measured. Lists go from the first layer to the last; the logits are a layer too.
+    """What one run has measured, in lists from the first layer to the last.
 
-    All but `losses` and `accuracy` are of the first batch, at step 0. `signals` and `gradients` are the pre-activations
-    and the loss's gradients with respect to them, `theory` is their standard deviation by `common/theory.py`, and
-    `samples` has the activations and gradients of a few hidden layers, counted from 1.
+    All but `losses` and `accuracy` are of the first batch, at step 0. Standard deviations are those of pre-activations
+    and of the loss's gradients with respect to them, where the logits are a layer too; `predicted_stds` come from
+    `common/theory.py`. `samples` has the activations and gradients of a few hidden layers, counted from 1.
     """
 
     activation: str
@@ -32,8 +33,8 @@ class Result:
     accuracy: float
     activation_stds: list[float]
     defects: list[float]  # share of dead units (ReLU) or of saturated outputs (tanh)
-    stds: dict[Literal["signals", "gradients"], list[float]]
-    theory: dict[Literal["signals", "gradients"], list[float]]
+    measured_stds: dict[Literal["preactivations", "gradients"], list[float]]
+    predicted_stds: dict[Literal["preactivations", "gradients"], list[float]]
     samples: dict[Literal["activations", "gradients"], dict[int, np.ndarray]]
 
 
@@ -115,7 +116,10 @@ class ActivationHistogramCallback(pl.Callback):
             # With precision 16-mixed the gradients are those of the loss times this scale.
             scaler = getattr(trainer.precision_plugin, "scaler", None)
             scale = scaler.get_scale() if scaler else 1.0
-            output.register_hook(lambda gradient: self._record(trainer, "backpropagated", name, gradient / scale))
+            # In 32 bits, as without the scale many are too small for 16.
+            output.register_hook(
+                lambda gradient: self._record(trainer, "backpropagated", name, gradient.float() / scale)
+            )
 
     def _record_activation(
         self, trainer: pl.Trainer, name: str, module: nn.Module, inputs: tuple[Tensor], output: Tensor
@@ -151,13 +155,21 @@ class ActivationHistogramCallback(pl.Callback):
 class LossCurveCallback(pl.Callback):
     """Logs the training loss of each step as `loss/step` and keeps them all in `losses`; `losses[0]` is that at step 0.
 
-    `self.log(..., on_step=True)` would log them too, but keep only the last one.
+    `self.log(..., on_step=True)` would log them too, but keep only the last one. They are read once an epoch, because
+    reading a loss waits for the device.
     """
 
     def __init__(self) -> None:
         self.losses: list[float] = []
+        self.unread: list[Tensor] = []
 
     def on_train_batch_end(self, trainer, pl_module, outputs: dict[str, Tensor], batch: Any, batch_idx: int) -> None:
-        if trainer.logger:
-            trainer.logger.log_metrics({"loss/step": outputs["loss"].item()}, step=len(self.losses))
-        self.losses.append(outputs["loss"].item())
+        self.unread.append(outputs["loss"].detach())
+
+    def on_train_epoch_end(self, trainer, pl_module) -> None:
+        losses = torch.stack(self.unread).tolist()
+        self.unread.clear()
+        for step, loss in enumerate(losses, start=len(self.losses)):
+            if trainer.logger:
+                trainer.logger.log_metrics({"loss/step": loss}, step=step)
+        self.losses += losses

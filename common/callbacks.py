@@ -1,9 +1,8 @@
-"""The callbacks of `main.py` and `sweep.py`: scores, pictures, pruning, without a line in the Lightning module."""
+"""The callbacks of `main.py` and `sweep.py`: scores, pictures, gradients, without a line in the Lightning module."""
 
 from typing import Any
 
 import matplotlib.pyplot as plt
-import optuna
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
@@ -18,8 +17,9 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 class MetricsCallback(pl.Callback):
     """Logs `accuracy/{stage}` of each epoch, and of validation and test the macro-averaged `f1/{stage}`.
 
-    Torchmetrics gathers them from the `outputs` of each step and adds up over all processes. Training accuracy is that
-    of the changing weights with dropout on, so at first it lies below validation accuracy.
+    Torchmetrics gathers them from the `outputs` of each step and adds up over all processes. As attributes of the
+    Lightning module they would take less code; as a callback they serve every module that returns `y` and `y_pred`.
+    Training accuracy is that of changing weights on changed images, so it lies below validation accuracy.
 
     Args:
         num_classes: logits of an image.
@@ -36,7 +36,7 @@ class MetricsCallback(pl.Callback):
         }
 
     def setup(self, trainer, pl_module, stage: str) -> None:
-        # Lightning moves what belongs to the Lightning module; a callback's metrics do not.
+        # Lightning moves the metrics of the Lightning module to its device, and not those of a callback.
         for metrics in self.scores.values():
             metrics.to(trainer.strategy.root_device)
 
@@ -89,7 +89,8 @@ class TestPicturesCallback(pl.Callback):
 
     def __init__(self, num_classes: int = 10, num_mistakes: int = 25) -> None:
         self.confusion = MulticlassConfusionMatrix(num_classes)
-        self.mistakes = {name: CatMetric() for name in ("images", "y", "y_pred", "losses")}
+        # Looking for NaN in each update would wait for the device.
+        self.mistakes = {name: CatMetric(nan_strategy="disable") for name in ("images", "y", "y_pred", "losses")}
         self.num_mistakes = num_mistakes
 
     def setup(self, trainer, pl_module, stage: str) -> None:
@@ -184,43 +185,19 @@ class GradientHistogramCallback(pl.Callback):
                     self.writer.add_scalar(tag, value, trainer.global_step)
 
 
-class PruningCallback(pl.Callback):
-    """Reports a metric of each validation to an Optuna trial and stops a training that its pruner has no hope for.
-
-    It stops the Trainer like EarlyStopping, on all processes together; the trial's user attribute `pruned` then tells
-    the objective to raise `optuna.TrialPruned`. Optuna's own callback for Lightning is made for the package
-    `lightning`, whose Callback is another class than that of `pytorch_lightning`.
-    """
-
-    def __init__(self, trial: optuna.Trial, monitor: str) -> None:
-        self.trial, self.monitor = trial, monitor
-
-    def on_validation_end(self, trainer, pl_module) -> None:
-        if trainer.sanity_checking:
-            return
-        prune = False
-        if trainer.is_global_zero:
-            self.trial.report(trainer.callback_metrics[self.monitor].item(), step=trainer.current_epoch)
-            prune = bool(self.trial.should_prune())
-            self.trial.set_user_attr("pruned", prune)
-            self.trial.set_user_attr("steps", trainer.global_step)
-        trainer.should_stop |= trainer.strategy.broadcast(prune)
-
-
 class FiniteLossCallback(pl.Callback):
     """Ends a training whose loss is no longer a finite number, which no later step would mend.
 
-    It looks at the losses of the whole epoch, as Lightning has them from all processes. So all processes stop together,
-    no step waits for the device, and no checkpoint is saved with the spoilt weights.
+    It looks once an epoch, at the losses that Lightning has averaged over all processes: no step waits for the device,
+    and all processes stop together, before the spoilt weights are saved.
 
     Raises:
         FloatingPointError: naming the step and the last checkpoint, whose weights are from before.
     """
 
     def on_train_epoch_end(self, trainer, pl_module) -> None:
-        losses = {name: value for name, value in trainer.callback_metrics.items() if name.startswith("loss/")}
-        for name, loss in losses.items():
-            if not loss.isfinite():
+        for name, loss in sorted(trainer.callback_metrics.items()):
+            if name.startswith("loss/") and not loss.isfinite():
                 # A checkpoint callback that monitors nothing calls the latest its best.
                 saved = [callback.best_model_path for callback in reversed(trainer.checkpoint_callbacks)]
                 raise FloatingPointError(

@@ -13,8 +13,9 @@ from common.model import MLP
 class Classifier(pl.LightningModule):
     """Trains `model` with cross-entropy, AdamW and the one-cycle schedule (Smith & Topin 2017, arXiv:1708.07120).
 
-    Every training, validation and test step returns `{"loss", "y", "y_pred"}`, which Lightning hands to the
-    callbacks as `outputs`: loss is a scalar, y (batch,) the labels, y_pred (batch, classes) the logits.
+    Every training, validation and test step returns `{"loss", "y", "y_pred"}`. In training Lightning takes the loss
+    and calls `zero_grad`, `backward` and `step` itself. Callbacks get the dict as `outputs`: loss, labels y (batch,)
+    and the logits y_pred (batch, classes).
 
     Args:
         model: the model, or the arguments that rebuild it, which `load_from_checkpoint` finds in a checkpoint.
@@ -33,7 +34,8 @@ class Classifier(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.model = MLP(**model) if isinstance(model, dict) else model
-        # Not the module itself but the values that rebuild it: the checkpoint then loads with weights_only=True.
+        # Copies the arguments into self.hparams and every checkpoint; of the model only the values that rebuild it,
+        # since a checkpoint with an object in it does not load with weights_only=True.
         self.save_hyperparameters(ignore="model")
         self.save_hyperparameters({"model": self.model.hparams})
 
@@ -57,19 +59,24 @@ class Classifier(pl.LightningModule):
         images, y = batch
         y_pred = self(images)
         loss = F.cross_entropy(y_pred, y, label_smoothing=self.hparams.label_smoothing if stage == "train" else 0.0)
-        # batch_size weighs the batches in the epoch's mean, as the last one is smaller. A float, because over processes
-        # Lightning averages the counts too, and 10,000 images on 3 processes as integers come to 3,333 each.
+        # batch_size weighs the smaller last batch correctly. A float, because Lightning averages it over processes too
+        # and would cut an integer: 10,000 images on 3 processes come to 3,333 each.
         self.log(f"loss/{stage}", loss, on_step=False, on_epoch=True, batch_size=float(len(y)), sync_dist=True)
         return {"loss": loss, "y": y, "y_pred": y_pred.detach()}
 
     def configure_optimizers(self) -> dict[str, Any]:
+        # With mixed precision Lightning neither clips a fused optimizer's gradients nor takes the loss scale off them.
+        fused = "mixed" not in self.trainer.precision
         optimizer = torch.optim.AdamW(
-            self.parameters(), lr=self.hparams.learning_rate, weight_decay=self.hparams.weight_decay, fused=True
+            self.parameters(), lr=self.hparams.learning_rate, weight_decay=self.hparams.weight_decay, fused=fused
         )
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, max_lr=self.hparams.learning_rate, total_steps=int(self.trainer.estimated_stepping_batches)
         )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }  # not once an epoch
 
 
 class SGDClassifier(Classifier):

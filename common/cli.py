@@ -1,6 +1,7 @@
 """The command line of the scripts: the parameters of `main` are the options, its docstring is the help."""
 
 import json
+import os
 import sys
 from argparse import Action
 from collections.abc import Callable, Sequence
@@ -10,8 +11,8 @@ from jsonargparse import ArgumentParser
 from jsonargparse.typing import restricted_number_type
 from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 
-# Of units to drop or of a target to smooth: none is allowed, all is not.
-Share = restricted_number_type("Share", float, [(">=", 0), ("<", 1)])
+# In [0, 1): dropout or smoothing may be 0, but not 1.
+Fraction = restricted_number_type("Fraction", float, [(">=", 0), ("<", 1)])
 # NumPy's generator takes no other seeds.
 Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**32)])
 
@@ -22,7 +23,7 @@ class OneLineParser(ArgumentParser):
     def add_argument(self, *args, **kwargs) -> Action:
         action = super().add_argument(*args, **kwargs)
         if action.default is False:
-            action.nargs, action.const = "?", True
+            action.nargs, action.const = "?", True  # --flag alone means true
         return action
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -42,6 +43,8 @@ def run_from_command_line(main: Callable[..., object], arguments: Sequence[str] 
     try:
         main(**options)
     except (OSError, FloatingPointError, MisconfigurationException) as error:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            sys.exit(2)  # the first process of this host says it, as it has the same error
         parser.error(str(error))
     except (KeyboardInterrupt, SIGTERMException):
         sys.exit(1)

@@ -1,9 +1,10 @@
-"""The data module: MNIST as two tensors, normalized once, indexed by whole batches."""
+"""The data module: MNIST as two tensors, normalized once, indexed by whole batches, augmented on the device."""
 
 from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
+import torch.nn.functional as F
 from filelock import FileLock
 from pytorch_lightning.overrides.distributed import UnrepeatedDistributedSampler
 from torch import Tensor
@@ -48,7 +49,38 @@ class TensorBatches(Dataset):
         return self.images[index], self.labels[index]
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        return self[torch.tensor(indices, device=self.labels.device)]
+        # A plain copy would wait until a GPU has done all that is queued; on a Mac's, copies that do not wait go wrong.
+        return self[torch.tensor(indices).to(self.labels.device, non_blocking=self.labels.is_cuda)]
+
+
+def random_affine(images: Tensor, distortion: float = 0.15, shift: float = 1.0) -> Tensor:
+    """Rotates, stretches, shears and shifts each image by random amounts of its own.
+
+    Where the result has a pixel at (x, y) from the center, the image is read at M (x, y) + s, interpolated between
+    four pixels; beyond the edge it goes on as at the edge. M is the identity plus noise in each of its four entries:
+    on the diagonal that stretches an axis, beside it shears, and with opposite signs beside it rotates.
+
+    Args:
+        images: of any floating-point type, which the result has too.
+        distortion: the noise of M is uniform in ±distortion; 0.15 can rotate by 9 degrees or stretch by 15 %.
+        shift: s is uniform in ±shift pixels, in both directions.
+
+    Shape:
+        images (n, channels, size, size) → (n, channels, size, size)
+    """
+    n, size = len(images), images.shape[-1]
+    # Coordinates in bfloat16 would be too coarse, and float64 is not on every device.
+    like = {"dtype": torch.promote_types(images.dtype, torch.float32), "device": images.device}
+    matrix = torch.eye(2, **like) + torch.empty(n, 2, 2, **like).uniform_(-distortion, distortion)
+    offset = torch.empty(n, 2, 1, **like).uniform_(-shift, shift) * 2 / (size - 1)
+    # For grid_sample the centers of the first and of the last pixel are at -1 and 1.
+    x = torch.linspace(-1, 1, size, **like)
+    # F.affine_grid multiplies matrices instead, which takes several times as long: here only the sum is large.
+    by_x, by_y, offset = torch.cat([matrix, offset], dim=2)[..., None, None].unbind(2)
+    grid = by_x * x + (by_y * x.unsqueeze(1) + offset)
+    # Clamping the grid is padding_mode="border", which Macs lack before PyTorch 2.13.
+    grid = grid.clamp_(-1, 1).permute(0, 2, 3, 1)
+    return F.grid_sample(images.to(grid.dtype), grid, align_corners=True).to(images.dtype)
 
 
 class MNISTDataModule(pl.LightningDataModule):
@@ -58,11 +90,12 @@ class MNISTDataModule(pl.LightningDataModule):
         data_dir: holds `MNIST/raw/`; missing files are downloaded there.
         batch_size: images of a batch, on each process.
         seed: of the order of the training images, which is a function of this seed and the epoch alone.
+        augment: training sees each image as `random_affine` transforms it anew, validation and test as it is.
     """
 
-    def __init__(self, data_dir: str = DATA_DIR, batch_size: int = 512, seed: int = 42) -> None:
+    def __init__(self, data_dir: str = DATA_DIR, batch_size: int = 512, seed: int = 42, augment: bool = True) -> None:
         super().__init__()
-        self.data_dir, self.batch_size, self.seed = data_dir, batch_size, seed
+        self.data_dir, self.batch_size, self.seed, self.augment = data_dir, batch_size, seed, augment
         self.train_set = self.val_set = self.test_set = None
 
     def prepare_data(self) -> None:
@@ -102,9 +135,15 @@ class MNISTDataModule(pl.LightningDataModule):
 
     def _load(self, train: bool) -> tuple[Tensor, Tensor]:
         mnist = MNIST(self.data_dir, train=train)
+        # Lightning sets self.trainer when the data module is given to one.
         device = self.trainer.strategy.root_device if self.trainer else "cpu"
         images = mnist.data.to(device).unsqueeze(1).float().div_(255).sub_(MEAN).div_(STD)
         return images, mnist.targets.to(device)
+
+    def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
+        """Augments a training batch as a whole, on its device; Lightning calls it for the batches of every stage."""
+        images, labels = batch
+        return (random_affine(images), labels) if self.augment and self.trainer.training else batch
 
     def train_dataloader(self) -> DataLoader:
         return self._loader(self.train_set, DistributedSampler, shuffle=True, seed=self.seed)
@@ -124,8 +163,8 @@ class MNISTDataModule(pl.LightningDataModule):
         # in a resumed run (Lightning calls set_epoch), and evaluation counts each sample once.
         world_size, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         sampler = sampler_class(dataset, num_replicas=world_size, rank=rank, **sampler_options)
-        # A loader draws a seed whenever it is iterated: from a generator of its own, so that a resumed run, which
-        # iterates less often, has the same random numbers for dropout.
+        # Each pass over a loader draws a seed. From torch's own generator it would shift the numbers that dropout and
+        # augmentation draw in a resumed run, which makes fewer passes.
         generator = torch.Generator()
         return DataLoader(
             dataset, batch_size=self.batch_size, sampler=sampler, generator=generator, collate_fn=lambda batch: batch

@@ -5,6 +5,7 @@ import os
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,8 @@ def resumable_step(path: str, hparams: Mapping[str, Any]) -> int:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise OSError(f"{path} is damaged, or holds more than tensors and plain values") from error
-    if not isinstance(checkpoint, dict) or checkpoint.get("hyper_parameters", {}).keys() != hparams.keys():
+    stored = checkpoint.get("hyper_parameters") if isinstance(checkpoint, dict) else None
+    if not isinstance(stored, dict) or stored.keys() != hparams.keys():
         raise OSError(f"{path} is no checkpoint of main.py")
     if "optimizer_states" not in checkpoint:
         raise OSError(
@@ -82,9 +84,9 @@ def resumable_step(path: str, hparams: Mapping[str, Any]) -> int:
             " weights: Classifier.load_from_checkpoint"
         )
     for name, requested in hparams.items():
-        if (stored := checkpoint["hyper_parameters"][name]) != requested:
+        if stored[name] != requested:
             raise MisconfigurationException(
-                f"the checkpoint's {name} is {stored}, this run's {requested}: resume with the same options"
+                f"the checkpoint's {name} is {stored[name]}, this run's {requested}: resume with the same options"
             )
     return checkpoint["global_step"]
 
@@ -129,21 +131,26 @@ class LastCheckpoint(ModelCheckpoint):
     """Saves `last.ckpt` after each epoch, with all that a resumed run needs to end with the same bits (on CPU).
 
     Lightning saves weights, optimizer, schedule and progress, and the order of the images is a function of seed and
-    epoch. Left is torch's random state, from which dropout draws. `ModelCheckpoint(save_last=True)` would not do: it
-    saves only when there is a new best.
+    epoch. Left is torch's random state, from which dropout and augmentation draw. `ModelCheckpoint(save_last=True)`
+    would not do: it saves only when there is a new best.
+
+    Args:
+        ckpt_path: the checkpoint that this process goes on from, which the Trainer does not know yet in `setup`.
 
     Raises:
         MisconfigurationException: if the checkpoint's schedule is of another length, or if not all processes resume.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ckpt_path: str | None = None) -> None:
         super().__init__(filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
+        self.ckpt_path = ckpt_path
         self.random_state: dict[str, Any] = {}
 
     def setup(self, trainer, pl_module, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        resumes = trainer.ckpt_path is not None
-        if stage == "fit" and trainer.strategy.broadcast(resumes) != resumes:
+        # All of them raise: one that alone goes on would wait for the others for ever.
+        resumes = partial(trainer.strategy.reduce_boolean_decision, self.ckpt_path is not None)
+        if stage == "fit" and resumes(all=False) and not resumes(all=True):
             raise MisconfigurationException(
                 "only some hosts have found a last checkpoint: give --ckpt_path the path that it has on the first one"
             )
@@ -158,6 +165,8 @@ class LastCheckpoint(ModelCheckpoint):
 
     def on_load_checkpoint(self, trainer, pl_module, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn != "fit":
+            # A test needs no callback's state, and that of the best checkpoint does not know where it lies now.
+            checkpoint["callbacks"] = {}
             return
         stored, requested = checkpoint["lr_schedulers"][0]["total_steps"], trainer.estimated_stepping_batches
         if stored != requested:

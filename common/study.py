@@ -1,4 +1,4 @@
-"""How workers share an Optuna study: its storage, exact counting, the trials of dead workers, and the report."""
+"""How workers share an Optuna study: its storage, exact counting, and the trials of dead workers."""
 
 import logging
 import multiprocessing
@@ -9,19 +9,18 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import optuna
 import torch
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import RetryHeartbeatStaleTrialCallback
-from optuna.trial import FixedTrial, FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, TrialState
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from sqlalchemy import event, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
 from tqdm import tqdm
-
-from common.plots import save_study_pictures
 
 Space = Callable[[optuna.Trial], dict[str, Any]]
 STORAGE_ERRORS = (StorageInternalError, DBAPIError)
@@ -43,6 +42,7 @@ class SharedStorage(optuna.storages.RDBStorage):
             grace_period=15,
             heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=3),
         )
+        # Not before, as Optuna checks the tables through two connections at once.
         if self.engine.dialect.name == "sqlite":
             # Optuna reads a trial FOR UPDATE before it claims it, which SQLite ignores: two workers could claim it.
             event.listen(self.engine, "connect", lambda connection, _: setattr(connection, "isolation_level", None))
@@ -62,38 +62,38 @@ class LostTrial(BaseException):
     """
 
 
-def without_password(storage: str) -> str:
-    return re.sub(r"(password=)[^&\s]*", r"\1***", re.sub(r"://.*@", "://***@", storage))
-
-
 def study_folder(folder: Path, storage: str | None, study_name: str) -> Path:
     """Names the folder of a study's logs after storage and study, as studies in two storages may share a name."""
     if storage:
-        with suppress(ArgumentError):
+        with suppress(ArgumentError, ValueError):
             url = make_url(storage)
             parts = [url.get_backend_name(), url.host, url.port, url.database]
-            folder /= re.sub(r"[^\w.-]+", "_", "_".join(str(part) for part in parts if part))
+            folder /= quote("_".join(str(part) for part in parts if part), safe="")
     return folder / study_name
 
 
-def open_storage(url: str) -> SharedStorage:
-    """Opens the database and makes its tables if it has none.
+def join_study(url: str, study_name: str, pruner: optuna.pruners.BasePruner) -> optuna.Study:
+    """Opens the database, makes its tables and the study if it has none, and returns the study.
 
     Raises:
-        MisconfigurationException: saying why it cannot be opened.
+        MisconfigurationException: saying why it cannot.
     """
-    shown = without_password(url)
-    try:
+    shown = re.match(r"[\w+-]*", url)[0]  # what follows may hold a password
+    for attempt in range(3):
         try:
-            return SharedStorage(url)
-        except DBAPIError:
-            return SharedStorage(url)  # another program may have made the tables at the same moment
-    except ArgumentError as error:
-        raise MisconfigurationException(f"--storage {shown}: no database URL such as sqlite:///file.db") from error
-    except ImportError as error:
-        raise MisconfigurationException(f"--storage {shown}: the driver of this database is not installed") from error
-    except DBAPIError as error:
-        raise MisconfigurationException(f"--storage {shown}: {str(error.orig).splitlines()[0]}") from error
+            storage = SharedStorage(url)
+            return optuna.create_study(
+                storage=storage, study_name=study_name, pruner=pruner, direction="maximize", load_if_exists=True
+            )
+        except (ArgumentError, ValueError, LookupError) as error:
+            raise MisconfigurationException(f"--storage {shown}: no database URL such as sqlite:///file.db") from error
+        except ImportError as error:
+            raise MisconfigurationException(f"--storage {shown}: its driver is not installed") from error
+        except STORAGE_ERRORS as error:
+            if attempt == 2:
+                reason = str(error.__cause__).splitlines()[0]
+                raise MisconfigurationException(f"--storage {shown}: {reason}") from error
+            time.sleep(1)  # another program may be making the tables at the same moment
 
 
 def open_study(
@@ -107,30 +107,32 @@ def open_study(
     # The progress bar says it all; Lightning would introduce each trial anew.
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    study = optuna.create_study(
-        storage=open_storage(storage), study_name=study_name, pruner=pruner, direction="maximize", load_if_exists=True
-    )
+    study = join_study(storage, study_name, pruner)
     # Trials of another length or from another space cannot be compared with these.
     stored = study.user_attrs.get("max_epochs", max_epochs)
     if stored != max_epochs:
         raise MisconfigurationException(f"study {study_name!r} has max_epochs {stored}; take another --study_name")
     study.set_user_attr("max_epochs", max_epochs)
     blank = optuna.create_study()
-    blank.enqueue_trial({"depth": 3})  # so that it asks for all parameters there are
-    space(requested := blank.ask())
     for trial in study.get_trials(deepcopy=False):
-        for name, distribution in trial.distributions.items():
-            if requested.distributions.get(name) != distribution:
+        blank.enqueue_trial(trial.params)
+        space(requested := blank.ask())
+        asked = requested.distributions
+        # A trial that was not completed may not have asked for all of its parameters.
+        for name in [*trial.distributions, *(asked if trial.state == TrialState.COMPLETE else [])]:
+            if asked.get(name) != trial.distributions.get(name):
                 raise MisconfigurationException(
-                    f"study {study_name!r} has another search space ({name}: {distribution}); take another --study_name"
+                    f"study {study_name!r} has another search space ({name}); take another --study_name"
                 )
     return study
 
 
-def opened_trials(trials: list[FrozenTrial]) -> list[FrozenTrial]:
-    """Those of a study that count: all but retries of lost ones and what a worker opened one too many."""
-    retried = RetryHeartbeatStaleTrialCallback.retried_trial_number
-    return [trial for trial in trials if retried(trial) is None and not trial.user_attrs.get("extra")]
+def counted_trials(trials: list[FrozenTrial]) -> list[FrozenTrial]:
+    """Those of a study that count: all but lost ones, for which others are run, and what was opened one too many.
+
+    These have failed without an error of their own.
+    """
+    return [trial for trial in trials if trial.state != TrialState.FAIL or "error" in trial.user_attrs]
 
 
 def run_trial(
@@ -142,9 +144,8 @@ def run_trial(
 ) -> float:
     """Calls `objective` with a sampler of the trial's own, unless the study has its `n_trials` already."""
     trials = trial.study.get_trials(deepcopy=False)
-    if trial.number in [other.number for other in opened_trials(trials)[n_trials:]]:
+    if trial.number in [other.number for other in counted_trials(trials)[n_trials:]]:
         # Two workers opened the last trial at the same moment; the later one steps back.
-        trial.set_user_attr("extra", True)
         raise RuntimeError("the study has its trials")
     number = RetryHeartbeatStaleTrialCallback.retried_trial_number(trials[trial.number])
     number = trial.number if number is None else number
@@ -183,18 +184,18 @@ def run_worker(
         MisconfigurationException: if the database has not answered for two minutes.
     """
     torch.set_num_threads(threads)
-    study, adopted, failures = open_study(), set(), 0
+    study, adopted, failing_since = open_study(), set(), None
     with tqdm(total=n_trials, unit="trial", disable=not show_bar) as bar:
         while time.time() < deadline:
             try:
                 if not run_one(study, run_next, n_trials, adopted, bar):
                     break
-                failures = 0
+                failing_since = None
             except LostTrial:
                 continue
             except Exception as error:  # of Optuna, when it ends a trial that was taken over, or of the database
-                failures += 1
-                if failures > PATIENCE:
+                failing_since = failing_since or time.time()
+                if time.time() > failing_since + PATIENCE:
                     raise MisconfigurationException(f"the database does not answer: {error}") from error
                 time.sleep(1)
 
@@ -205,19 +206,19 @@ def run_one(
     """Runs a trial if there is one to run, waits a second if others run the last ones, and returns whether to go on."""
     trials = study.get_trials(deepcopy=False)
     unfinished = [trial for trial in trials if not trial.state.is_finished()]
-    opened = len(opened_trials(trials))
+    opened = len(counted_trials(trials))
     bar.n = max(0, min(opened, n_trials) - len(unfinished))
     bar.set_postfix({"best": max((trial.value for trial in trials if trial.value), default=None)})
     if opened < n_trials or any(trial.state == TrialState.WAITING for trial in unfinished):
         study.optimize(run_next, n_trials=1, catch=Exception)
     elif unfinished:
+        time.sleep(1)
+        optuna.storages.fail_stale_trials(study)
         for trial in unfinished:
             # A worker may have died before its first heartbeat, and without any Optuna would wait for ever.
             if trial.number not in adopted:
                 study._storage.record_heartbeat(trial._trial_id)
                 adopted.add(trial.number)
-        time.sleep(1)
-        optuna.storages.fail_stale_trials(study)
     return bool(unfinished) or opened < n_trials
 
 
@@ -241,8 +242,8 @@ def run_workers(
     ]
     for process in others:
         process.start()
-    signal.signal(signal.SIGINT, handler)
     try:
+        signal.signal(signal.SIGINT, handler)
         run_worker(open_study, runs[0], n_trials, deadline, threads, show_bar=True)
         for process in others:
             process.join()
@@ -252,45 +253,3 @@ def run_workers(
         for process in others:
             process.terminate()
             process.join()
-
-
-def hyperparameters_of(trial: FrozenTrial, space: Space) -> dict[str, Any]:
-    """The options of `main.py` that a finished trial has tried."""
-    return space(FixedTrial(trial.params))
-
-
-def command_line(hyperparameters: dict[str, Any]) -> str:
-    """The options with which `main.py` trains what the trial trained, to the last digit."""
-    values = {name: str(value).replace(" ", "") for name, value in hyperparameters.items()}
-    return " ".join(f'--{name} "{value}"' if "[" in value else f"--{name} {value}" for name, value in values.items())
-
-
-def report(study: optuna.Study, space: Space, folder: Path) -> FrozenTrial | None:
-    """Prints how the trials ended and the best of them, draws the study, and returns the best trial if there is one."""
-    trials = study.get_trials(deepcopy=False)
-    counts = {state.name.lower(): sum(trial.state == state for trial in trials) for state in TrialState}
-    print("\ntrials: " + ", ".join(f"{count} {state}" for state, count in counts.items() if count))
-    for trial in trials:
-        if "error" in trial.user_attrs:
-            print(f"trial {trial.number} failed: {trial.user_attrs['error']}")
-    complete = sorted((trial for trial in trials if trial.state == TrialState.COMPLETE), key=lambda trial: -trial.value)
-    if not complete:
-        return None
-    print_table(complete[:5], space)
-    save_study_pictures(study, folder)
-    print(f"\npictures, logs:   {folder}\nto look at them:  tensorboard --logdir {folder}")
-    print(f"full length:      python main.py {command_line(hyperparameters_of(complete[0], space))}")
-    return complete[0]
-
-
-def print_table(trials: list[FrozenTrial], space: Space) -> None:
-    """Prints a line for each trial, with its numbers rounded."""
-    rows = [["trial", "val accuracy", *hyperparameters_of(trials[0], space)]]
-    for trial in trials:
-        values = hyperparameters_of(trial, space).values()
-        shown = [f"{value:.3g}" if isinstance(value, float) else str(value) for value in values]
-        rows.append([str(trial.number), f"{trial.value:.2%}", *shown])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    print()
-    for row in rows:
-        print("  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)))

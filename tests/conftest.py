@@ -1,10 +1,14 @@
 """What several tests need: running a script as a user would, and reading back what TensorBoard would show."""
 
 import os
+import shutil
+import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,6 +32,16 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # for the scripts that tests start
     os.environ["OMP_WAIT_POLICY"] = "passive"  # for those that ask for more
+    os.environ["PYTHONIOENCODING"] = "cp1252"  # Windows has no other letters, and whatever a script prints must do
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interruptible() -> None:
+    """A shell script's background jobs ignore SIGINT, and so would all that they start: the scripts of the tests.
+
+    A handler of our own is not inherited, it becomes the default in a started program.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
@@ -50,14 +64,22 @@ def script(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
     return run
 
 
+def start_script(folder: Path, name: str, *options: object) -> subprocess.Popen:
+    """Starts a script of this repository in a folder, as the first process of a group that Ctrl-C or a kill reaches."""
+    command = [sys.executable, str(ROOT / name), *map(str, options)]
+    return subprocess.Popen(
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
 @pytest.fixture
 def call(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> Callable[..., subprocess.CompletedProcess]:
     """Calls the `main` of a script with options in the test's own process, which saves the seconds of the imports."""
 
-    def run(main: Callable[..., object], *options: object) -> subprocess.CompletedProcess:
-        monkeypatch.chdir(tmp_path)
+    def run(main: Callable[..., object], *options: object, folder: Path = tmp_path) -> subprocess.CompletedProcess:
+        monkeypatch.chdir(folder)
         capsys.readouterr()
         code = 0
         try:
@@ -85,3 +107,52 @@ def read_events(run: Path) -> EventAccumulator:
     events = EventAccumulator(str(run), size_guidance={"scalars": 0, "histograms": 0, "images": 0})
     events.Reload()
     return events
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[SimpleNamespace]:
+    """A PostgreSQL server of our own on loopback: its address, and `stop`, `start` and `execute`."""
+    psycopg = pytest.importorskip("psycopg", reason="pip install -r requirements-postgresql.txt")
+    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+    if not programs or not shutil.which("runuser"):
+        pytest.skip("no PostgreSQL server is installed (Debian: apt-get install postgresql)")
+    folder = Path("/tmp") / f"pg-{os.getpid()}"  # a short path: a socket's may have 107 characters
+    folder.mkdir()
+    # The server refuses to run as root.
+    become = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
+    if become:
+        shutil.chown(folder, "postgres")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+
+    def run(program: str, *options: str) -> None:
+        # Not into pipes: the server would keep them open.
+        command = [*become, programs[-1] / program, "-D", f"{folder}/data", *options]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/")
+
+    def start() -> None:
+        run("pg_ctl", "-w", "-l", f"{folder}/log", "-o", f"-p {port} -h 127.0.0.1 -k {folder}", "start")
+
+    def stop() -> None:
+        run("pg_ctl", "-w", "-m", "immediate", "stop")
+
+    def execute(statement: str) -> None:
+        with psycopg.connect(f"postgresql://sweep@127.0.0.1:{port}/postgres", autocommit=True) as connection:
+            connection.execute(statement)
+
+    run("initdb", "-A", "trust", "-U", "sweep", "--no-sync")
+    start()
+    try:
+        yield SimpleNamespace(address=f"127.0.0.1:{port}", start=start, stop=stop, execute=execute)
+    finally:
+        stop()
+        shutil.rmtree(folder)
+
+
+@pytest.fixture
+def postgresql(server: SimpleNamespace, tmp_path: Path) -> str:
+    """The URL of an empty database on that server."""
+    name = "".join(filter(str.isalnum, tmp_path.name)).lower()
+    server.execute(f"CREATE DATABASE {name}")
+    return f"postgresql+psycopg://sweep@{server.address}/{name}"

@@ -7,17 +7,29 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from pytorch_lightning.callbacks import EarlyStopping
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.plugins.precision import MixedPrecision
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torchmetrics.functional.classification import (
     multiclass_accuracy,
     multiclass_confusion_matrix,
     multiclass_f1_score,
 )
 
-from common.callbacks import GradientHistogramCallback, MetricsCallback, TestPicturesCallback
+from common.activations import ActivationHistogramCallback, LossCurveCallback
+from common.callbacks import (
+    FiniteLossCallback,
+    GradientHistogramCallback,
+    MetricsCallback,
+    TestPicturesCallback,
+    mean_and_std,
+)
 from common.classifier import Classifier
 from common.data import MNISTDataModule
 from common.model import MLP
+from common.runs import LastCheckpoint
 from tests.conftest import DATA, read_events
 from tests.test_classifier import QUIET
 
@@ -137,3 +149,133 @@ def test_non_finite_gradients_do_not_break_the_histograms(fit, tmp_path: Path):
     tags = read_events(Path(trainer.logger.log_dir)).Tags()["histograms"]
     assert "gradient/model.layers.1.weight" not in tags
     assert "gradient/model.layers.4.weight" in tags
+
+
+class WatchOps(TorchDispatchMode):
+    """Refuses numbers that a Mac's GPU has not, and within steps whatever waits for the device."""
+
+    WAITING = {"_local_scalar_dense", "is_nonzero", "nonzero", "_unique2", "masked_select"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_step, self.seen = False, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **kwargs or {})
+        tensors = [each for each in tree_leaves(result) if isinstance(each, torch.Tensor)]
+        assert not [each for each in tensors if each.dtype == torch.float64], func
+        assert not (self.in_step and func.overloadpacket.__name__ in self.WAITING), func
+        self.seen += self.in_step
+        return result
+
+
+class MarkSteps(pl.Callback):
+    def __init__(self, ops: WatchOps, in_step: bool) -> None:
+        self.ops, self.in_step = ops, in_step
+
+    def mark(self, *_: object, **__: object) -> None:
+        self.ops.in_step = self.in_step
+
+
+class StepStarts(MarkSteps):
+    on_train_batch_start = on_validation_batch_start = on_test_batch_start = MarkSteps.mark
+
+
+class StepEnds(MarkSteps):
+    on_train_batch_end = on_validation_batch_end = on_test_batch_end = MarkSteps.mark
+
+
+def test_no_step_waits_for_the_device_and_nothing_asks_a_mac_for_float64(data: MNISTDataModule, tmp_path: Path):
+    ops = WatchOps()
+    callbacks = [
+        StepStarts(ops, True),
+        MetricsCallback(),
+        TestPicturesCallback(),
+        FiniteLossCallback(),
+        LossCurveCallback(),
+        EarlyStopping("accuracy/val", mode="max"),
+        LastCheckpoint(),
+        StepEnds(ops, False),
+    ]
+    few = {"limit_train_batches": 3, "limit_val_batches": 2, "limit_test_batches": 2}
+    trainer = pl.Trainer(max_epochs=1, default_root_dir=tmp_path, callbacks=callbacks, **few, **QUIET)
+    classifier = Classifier(MLP([16]))
+    with ops:
+        trainer.fit(classifier, data)
+        trainer.test(classifier, data, verbose=False)
+    assert ops.seen > 100
+
+
+class MacTensor(torch.Tensor):
+    """Refuses float64 until it has come to the CPU, as tensors on a Mac's GPU do."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        result = super().__torch_function__(func, types, args, kwargs or {})
+        if func is torch.Tensor.cpu:
+            return result.as_subclass(torch.Tensor)
+        if any(each.dtype == torch.float64 for each in tree_leaves(result) if isinstance(each, torch.Tensor)):
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64")
+        return result
+
+
+def test_mean_and_std_take_their_double_precision_on_the_cpu():
+    values = torch.tensor([1e30, -1e30, 3e30]).as_subclass(MacTensor)
+    with pytest.raises(TypeError, match="float64"):
+        values.double()
+    scalars = mean_and_std("gradient", "layer", values)
+    assert scalars == pytest.approx({"gradient_mean/layer": 1e30, "gradient_std/layer": (8 / 3) ** 0.5 * 1e30})
+
+
+def gradients_of_first_step(
+    data: MNISTDataModule, folder: Path, last_layer: float = 1.0, **options
+) -> tuple[pl.Trainer, dict[str, float]]:
+    pl.seed_everything(0)
+    activations = ActivationHistogramCallback(every_n_steps=1)
+    callbacks = [GradientHistogramCallback(every_n_steps=1), activations]
+    options = QUIET | {"logger": TensorBoardLogger(folder), "max_steps": 1, "limit_val_batches": 0} | options
+    trainer = pl.Trainer(enable_checkpointing=False, callbacks=callbacks, **options)
+    model = MLP([32, 32, 32])
+    with torch.no_grad():
+        model.layers[-1].weight.mul_(last_layer)
+    trainer.fit(Classifier(model), data)
+    events = read_events(Path(trainer.logger.log_dir))
+    norms = {tag: events.Scalars(tag)[0].value for tag in events.Tags()["scalars"] if "gradient_norm" in tag}
+    return trainer, norms | {tag: std for tag, std in activations.history[0].items() if "backpropagated_std" in tag}
+
+
+def mixed_precision() -> MixedPrecision:
+    """16-mixed as on a GPU, with a scale for the loss, which Lightning by itself has on GPUs only."""
+    return MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))
+
+
+@pytest.mark.parametrize("clip", [None, 1e6])
+def test_gradients_in_16_mixed_are_those_of_the_loss_without_its_scale(
+    data: MNISTDataModule, tmp_path: Path, clip: float | None
+):
+    _, expected = gradients_of_first_step(data, tmp_path)
+    options = {"plugins": [mixed_precision()], "gradient_clip_val": clip}
+    _, gradients = gradients_of_first_step(data, tmp_path, **options)
+    assert len(gradients) == 12
+    assert gradients == pytest.approx(expected, rel=0.05)
+
+
+def test_backpropagated_gradients_too_small_for_16_bits_are_recorded(data: MNISTDataModule, tmp_path: Path):
+    _, expected = gradients_of_first_step(data, tmp_path, last_layer=1e-3)
+    _, gradients = gradients_of_first_step(data, tmp_path, last_layer=1e-3, plugins=[mixed_precision()])
+    assert min(std for tag, std in expected.items() if "std" in tag) < 2**-24  # the least that 16 bits can hold
+    assert gradients == pytest.approx(expected, rel=0.05, abs=0)
+
+
+@pytest.mark.parametrize(
+    ("precision", "fused"),
+    [("32-true", True), ("64-true", True), ("bf16-true", True), ("bf16-mixed", False), ("16-mixed", False)],
+)
+def test_optimizer_is_fused_where_lightning_can_clip_its_gradients(
+    data: MNISTDataModule, tmp_path: Path, precision: str, fused: bool
+):
+    how = {"plugins": [mixed_precision()]} if precision == "16-mixed" else {"precision": precision}
+    trainer, _ = gradients_of_first_step(data, tmp_path, gradient_clip_val=1.0, **how)
+    assert trainer.precision == precision
+    [optimizer] = trainer.optimizers
+    assert optimizer.defaults["fused"] == fused

@@ -3,15 +3,22 @@
 import hashlib
 import re
 import shutil
+from itertools import cycle, islice
 from pathlib import Path
 
 import pytest
+import pytorch_lightning as pl
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 from torchvision.datasets import MNIST
 from torchvision.transforms import Compose, Normalize, ToTensor
 
-from common.data import FILE_SIZES, MEAN, STD, MNISTDataModule, whole_files
+from common.classifier import Classifier
+from common.data import FILE_SIZES, MEAN, STD, MNISTDataModule, random_affine, whole_files
+from common.model import MLP
 from tests.conftest import DATA
+from tests.test_classifier import QUIET
 
 
 def test_committed_files_have_the_md5s_of_their_readme():
@@ -65,6 +72,73 @@ def test_training_order_is_a_function_of_seed_and_epoch(data: MNISTDataModule):
 def test_evaluation_order_is_that_of_the_files(data: MNISTDataModule):
     for loader, dataset in ((data.val_dataloader(), data.val_set), (data.predict_dataloader(), data.test_set)):
         assert torch.equal(torch.cat([labels for _, labels in loader]), dataset.labels)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_augmentation_is_that_of_grid_sample_in_all_precisions(data: MNISTDataModule, dtype: torch.dtype):
+    images = data.train_set.images[:512].to(dtype)
+    before = images.clone()
+    torch.manual_seed(0)
+    augmented = random_affine(images, distortion=0.2, shift=3)
+    assert (augmented.shape, augmented.dtype) == (images.shape, dtype)
+    assert torch.equal(images, before)
+
+    torch.manual_seed(0)
+    kind = torch.float64 if dtype == torch.float64 else torch.float32
+    matrices = torch.eye(2) + torch.empty(512, 2, 2, dtype=kind).uniform_(-0.2, 0.2)
+    offsets = torch.empty(512, 2, 1, dtype=kind).uniform_(-3, 3) / 13.5  # pixels from the center to the edge's center
+    grid = F.affine_grid(torch.cat([matrices, offsets], dim=2), list(images.shape), align_corners=True)
+    expected = F.grid_sample(images.to(kind), grid, padding_mode="border", align_corners=True)
+    # Nothing is lost but what the type itself cannot hold.
+    torch.testing.assert_close(augmented, expected.to(dtype), atol=1e-4 if kind == dtype else 1e-2, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_augmentation_of_no_strength_changes_nothing(data: MNISTDataModule, dtype: torch.dtype):
+    images = data.train_set.images[:512].to(dtype)
+    torch.testing.assert_close(random_affine(images, distortion=0, shift=0), images, atol=1e-4, rtol=0)
+
+
+def test_augmentation_differs_for_each_image_and_is_a_function_of_torchs_seed(data: MNISTDataModule):
+    images = data.train_set.images[:1].repeat(512, 1, 1, 1)
+    torch.manual_seed(0)
+    first, second = random_affine(images), random_affine(images)
+    assert len(torch.cat([first, second]).flatten(1).unique(dim=0)) == 1024
+    torch.manual_seed(0)
+    assert torch.equal(random_affine(images), first)
+
+
+class Recorder(Classifier):
+    """Keeps the images and labels of each step, and copies none of them."""
+
+    def __init__(self) -> None:
+        super().__init__(MLP([16]))
+        self.batches = {"train": [], "val": [], "test": []}
+
+    def _step(self, batch: tuple[Tensor, Tensor], stage: str) -> dict[str, Tensor]:
+        self.batches[stage].append(batch)
+        return super()._step(batch, stage)
+
+
+@pytest.mark.parametrize("augment", [True, False])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "64-true"])
+def test_training_alone_is_augmented(precision: str, augment: bool):
+    data, classifier = MNISTDataModule(DATA, augment=augment), Recorder()
+    limits = {"max_epochs": 1, "limit_train_batches": 2, "limit_val_batches": 2, "limit_test_batches": 2}
+    trainer = pl.Trainer(precision=precision, enable_checkpointing=False, **limits, **QUIET)
+    trainer.fit(classifier, data)
+    trainer.test(classifier, data, verbose=False)
+    assert [len(batches) for batches in classifier.batches.values()] == [2, 2 + 2, 2]  # the sanity check validates too
+    dtype = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "64-true": torch.float64}[precision]
+    loaders = {"train": data.train_dataloader(), "val": data.val_dataloader(), "test": data.test_dataloader()}
+    for stage, loader in loaders.items():
+        for (images, labels), (originals, theirs) in zip(
+            classifier.batches[stage], cycle(islice(loader, 2)), strict=False
+        ):
+            assert images.dtype == dtype
+            assert torch.equal(labels, theirs)
+            unchanged = (images == originals.to(dtype)).flatten(1).all(dim=1)
+            assert not unchanged.any() if stage == "train" and augment else unchanged.all()
 
 
 @pytest.fixture

@@ -1,16 +1,18 @@
 """What a person expects who leaves `main.py` running: kills, faults and stops, all of them real."""
 
-import contextlib
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
@@ -20,7 +22,8 @@ from common.callbacks import FiniteLossCallback
 from common.classifier import Classifier
 from common.data import MNISTDataModule
 from common.model import MLP
-from common.runs import Run, open_run
+from common.runs import CheckpointIO, LastCheckpoint, Run, open_run
+from main import main
 from tests.conftest import DATA, ROOT, assert_one_line_error, read_events
 from tests.test_classifier import QUIET
 
@@ -56,6 +59,12 @@ def assert_same(ours: object, theirs: object) -> None:
         assert ours == theirs
 
 
+def is_gone(pid: int) -> bool:
+    """A process that has ended, though nobody may have asked for its exit status: some containers' init does not."""
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False).stdout
+    return state.strip()[:1] in ("", "Z")
+
+
 def random_state(checkpoint: dict) -> dict:
     [state] = [state for key, state in checkpoint["callbacks"].items() if key.startswith("LastCheckpoint")]
     return state["random_state"]
@@ -71,15 +80,23 @@ def test_run_killed_at_any_moment_ends_with_the_same_bits(script, tmp_path: Path
     assert whole.returncode == 0, whole.stderr
     moments = random.Random(0)
     run = tmp_path / "killed/main/version_0"
+    last = run / "checkpoints/last.ckpt"
+    steps = []
     for kill in range(3):
         process = start(tmp_path, "--log_dir", "killed", *(["--ckpt_path", "last"] if kill else []))
         events = len(list(run.glob("events*")))
         while len(list(run.glob("events*"))) == events:  # its training begins
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.02)
-        time.sleep(moments.uniform(0, 1.5))
+        if kill:
+            time.sleep(moments.uniform(0, 1.5))
+        else:
+            wait_for(last, process)  # however slow or fast the machine, one kill comes in the middle
         process.kill()
         process.communicate()
+        steps.append(torch.load(last)["global_step"] if last.exists() else 0)
+    # Resuming from nothing, or from the end, would prove nothing.
+    assert any(0 < step < 4 * 108 for step in steps), steps
     resumed = script("main.py", *SMALL, "--log_dir", "killed", "--ckpt_path", "last")
     assert resumed.returncode == 0, resumed.stderr
     assert not list(run.parent.glob("version_1"))
@@ -93,14 +110,58 @@ def test_run_killed_at_any_moment_ends_with_the_same_bits(script, tmp_path: Path
     assert scalars(run) == scalars(tmp_path / "whole/main/version_0")
 
 
-def test_random_state_is_needed_for_the_same_bits(data: MNISTDataModule):
-    # Dropout draws from torch's random state: without restoring it, the same weights give another step.
-    model, images = MLP([64], dropout=0.2), data.val_set.images[:8]
-    state = torch.get_rng_state()
-    first, other = model(images), model(images)
-    torch.set_rng_state(state)
-    assert torch.equal(model(images), first)
-    assert not torch.equal(other, first)
+class KeepMiddle(pl.Callback):
+    """Keeps the `last.ckpt` of the first epoch."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.current_epoch == 1:
+            shutil.copy(trainer.checkpoint_callback.best_model_path, self.path)
+
+
+def fit_with_dropout(folder: Path, seed: int, ckpt_path: Path | None = None, **options) -> dict[str, torch.Tensor]:
+    pl.seed_everything(seed)
+    classifier = Classifier(MLP([16], dropout=0.5))
+    callbacks = [LastCheckpoint(ckpt_path), KeepMiddle(folder / "middle.ckpt")]
+    options = QUIET | {"max_epochs": 2, "limit_train_batches": 3, "limit_val_batches": 0} | options
+    trainer = pl.Trainer(default_root_dir=folder, callbacks=callbacks, plugins=[CheckpointIO()], **options)
+    trainer.fit(classifier, MNISTDataModule(DATA), ckpt_path=ckpt_path, weights_only=True)
+    return classifier.state_dict()
+
+
+def test_resumed_run_draws_the_dropout_that_it_would_have_drawn(tmp_path: Path):
+    whole = fit_with_dropout(tmp_path, seed=0)
+    # With another seed only the random state of the checkpoint can bring the same numbers.
+    assert_same(fit_with_dropout(tmp_path, seed=1, ckpt_path=tmp_path / "middle.ckpt"), whole)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_resumed_run_draws_the_same_dropout_on_a_gpu(tmp_path: Path):
+    gpu = {"accelerator": "gpu", "devices": 1}
+    fit_with_dropout(tmp_path, seed=0, **gpu)
+    whole = torch.cuda.get_rng_state()
+    fit_with_dropout(tmp_path, seed=1, ckpt_path=tmp_path / "middle.ckpt", **gpu)
+    assert torch.equal(torch.cuda.get_rng_state(), whole)
+
+
+@pytest.mark.parametrize(("gpus", "restored"), [(2, True), (3, False)])
+def test_random_states_of_gpus_are_saved_and_go_back_to_as_many(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, gpus: int, restored: bool
+):
+    # No GPU is needed to see what is saved and what is handed to torch.cuda.
+    states, given = [torch.tensor([1, 2]), torch.tensor([3, 4])], []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: states)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", given.extend)
+    torch.save(LastCheckpoint().state_dict(), tmp_path / "state.pt")
+    resumed = LastCheckpoint()
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert_same(resumed.random_state, {"cpu": torch.get_rng_state(), "cuda": states})
+    resumed.on_train_start(SimpleNamespace(early_stopping_callback=None), None)
+    assert_same(given, states if restored else [])
 
 
 def test_kill_while_a_checkpoint_is_written_leaves_a_whole_one(tmp_path: Path):
@@ -123,6 +184,28 @@ def test_kill_while_a_checkpoint_is_written_leaves_a_whole_one(tmp_path: Path):
         process.communicate()
         weights = torch.load(path)["weights"]
         assert weights.min() == weights.max()
+
+
+def test_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    events, fsync, replace = [], os.fsync, Path.replace
+
+    def recording_fsync(descriptor: int) -> None:
+        file = os.fstat(descriptor)
+        events.append(("fsync", file.st_ino, file.st_size))
+        fsync(descriptor)
+
+    def recording_replace(path: Path, target: object) -> Path:
+        file = path.stat()
+        events.append(("rename", file.st_ino, file.st_size))
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", recording_fsync)
+    monkeypatch.setattr(Path, "replace", recording_replace)
+    path = tmp_path / "last.ckpt"
+    # So small that it is still in the file's buffer if nobody flushes it.
+    CheckpointIO().save_checkpoint({"weights": torch.ones(1)}, str(path))
+    file = path.stat()
+    assert events == [("fsync", file.st_ino, file.st_size), ("rename", file.st_ino, file.st_size)]
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
@@ -148,8 +231,8 @@ class Bomb:
         return Path.touch, (self.path,)
 
 
-def test_bad_checkpoints_are_one_line_and_run_nothing(script, tmp_path: Path):
-    trained = script("main.py", *SMALL, "--max_epochs", 1)
+def test_bad_checkpoints_are_one_line_and_run_nothing(call, tmp_path: Path):
+    trained = call(main, *SMALL, "--max_epochs", 1)
     assert trained.returncode == 0, trained.stderr
     last = tmp_path / "logs/main/version_0/checkpoints/last.ckpt"
     before = last.read_bytes()
@@ -159,17 +242,54 @@ def test_bad_checkpoints_are_one_line_and_run_nothing(script, tmp_path: Path):
     (tmp_path / "pickle.ckpt").write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
     torch.save({"weights": torch.zeros(3)}, tmp_path / "foreign.ckpt")
     for name in ("truncated", "tampered", "pickle", "foreign"):
-        result = script("main.py", *SMALL, "--ckpt_path", f"{name}.ckpt")
+        result = call(main, *SMALL, "--ckpt_path", f"{name}.ckpt")
         assert_one_line_error(result, f"{name}.ckpt")
     assert not (tmp_path / "exploded").exists()
 
-    other_model = script("main.py", *SMALL, "--hidden_sizes", "[32]", "--ckpt_path", last)
+    other_model = call(main, *SMALL, "--hidden_sizes", "[32]", "--ckpt_path", last)
     assert_one_line_error(other_model, "'hidden_sizes': [64]", "'hidden_sizes': [32]")
-    other_length = script("main.py", *SMALL, "--max_epochs", 9, "--ckpt_path", last)
+    other_length = call(main, *SMALL, "--max_epochs", 9, "--ckpt_path", last)
     assert_one_line_error(other_length, "108 steps", "972", "max_epochs")
-    other_rate = script("main.py", *SMALL, "--max_epochs", 1, "--learning_rate", 0.5, "--ckpt_path", last)
+    other_rate = call(main, *SMALL, "--max_epochs", 1, "--learning_rate", 0.5, "--ckpt_path", last)
     assert_one_line_error(other_rate, "learning_rate is 0.006, this run's 0.5")
     assert last.read_bytes() == before
+
+
+def test_checkpoints_of_other_programs_are_one_line_and_leave_nothing(call, tmp_path: Path):
+    data = MNISTDataModule(DATA)
+    short = QUIET | {"max_steps": 1, "limit_val_batches": 0, "enable_checkpointing": False}
+    # As main.py would have it but for what a training goes on with: ModelCheckpoint of sweep.py leaves that out.
+    trainer = pl.Trainer(**short)
+    trainer.fit(Classifier(MLP([64], dropout=0.2)), data)
+    trainer.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+    trainer = pl.Trainer(**short)
+    trainer.fit(Stranger(), torch.utils.data.DataLoader(torch.ones(4, 2)))
+    trainer.save_checkpoint(tmp_path / "stranger.ckpt")
+    for name, hyper_parameters in (("list", [1, 2]), ("namespace", None), ("empty", {})):
+        torch.save({"hyper_parameters": hyper_parameters, "state_dict": {}}, tmp_path / f"{name}.ckpt")
+    torch.save(torch.ones(3), tmp_path / "tensor.ckpt")
+
+    words = {"weights": "to use the weights: Classifier.load_from_checkpoint"}
+    before = sorted(tmp_path.rglob("*"))
+    for path in sorted(tmp_path.glob("*.ckpt")):
+        result = call(main, *SMALL, "--ckpt_path", path.name)
+        assert_one_line_error(result, path.name, words.get(path.stem, "is no checkpoint of main.py"))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+class Stranger(pl.LightningModule):
+    """Another Lightning program's module."""
+
+    def __init__(self, width: int = 2) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.layer = torch.nn.Linear(width, 1)
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        return self.layer(batch).mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
 def test_loss_that_is_not_finite_ends_the_run_and_names_step_and_checkpoint(
@@ -209,11 +329,11 @@ def test_full_disk_is_one_line(script, small_disk: Path):
     assert not list(small_disk.rglob("*.partial"))
 
 
-def test_read_only_disk_is_one_line(script, small_disk: Path):
+def test_read_only_disk_is_one_line(call, small_disk: Path):
     (small_disk / "MNIST/raw").mkdir(parents=True)
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    assert_one_line_error(script("main.py", "--log_dir", small_disk / "logs"), "Read-only file system", "logs")
-    assert_one_line_error(script("main.py", "--data_dir", small_disk), "Read-only file system")
+    assert_one_line_error(call(main, "--log_dir", small_disk / "logs"), "Read-only file system", "logs")
+    assert_one_line_error(call(main, "--data_dir", small_disk), "Read-only file system")
 
 
 def test_two_first_runs_at_once(tmp_path: Path):
@@ -232,12 +352,15 @@ def test_open_run_numbers_new_runs_and_finds_the_newest(tmp_path: Path):
     assert [open_run(tmp_path / "main", None, {}).version for _ in range(1, 12)] == list(range(1, 12))
     # Only one of them was more than a failed start.
     (tmp_path / "main/version_9/hparams.yaml").touch()
+    # A copy that someone keeps beside the runs is none.
+    shutil.copytree(tmp_path / "main/version_9", tmp_path / "main/version_9_backup")
     assert open_run(tmp_path / "main", "last", {}) == Run(9, None, 0)
+    assert open_run(tmp_path / "main", None, {}) == Run(12, None, 0)
 
 
 def test_killed_rank_ends_the_others_and_the_run_resumes(script, tmp_path: Path):
     two = ("--accelerator", "cpu", "--devices", 2, "--strategy", "ddp")
-    process = start(tmp_path, *two, "--max_epochs", 50)
+    process = start(tmp_path, *two, "--max_epochs", 12)
     wait_for(tmp_path / "logs/main/version_0/checkpoints/last.ckpt", process)
     [rank_1] = subprocess.check_output(["pgrep", "-P", str(process.pid), "-f", "main.py"], text=True).split()
     os.kill(int(rank_1), signal.SIGKILL)
@@ -245,11 +368,100 @@ def test_killed_rank_ends_the_others_and_the_run_resumes(script, tmp_path: Path)
     process.communicate(timeout=60)
     assert process.returncode != 0
     assert time.time() - killed < 60
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(int(rank_1), 0)
+    assert is_gone(int(rank_1))
 
-    resumed = script("main.py", *SMALL, *two, "--max_epochs", 50, "--patience", 1, "--ckpt_path", "last")
+    resumed = script("main.py", *SMALL, *two, "--max_epochs", 12, "--patience", 1, "--ckpt_path", "last")
     assert resumed.returncode == 0, resumed.stderr
     assert [path.name for path in (tmp_path / "logs/main").iterdir()] == ["version_0"]
     epochs = [value for _, value in scalars(tmp_path / "logs/main/version_0")["epoch"]]
     assert epochs == sorted(epochs)
+
+
+def printed(result: subprocess.CompletedProcess, label: str) -> str:
+    return re.search(rf"^{label} +(.+)$", result.stdout, flags=re.MULTILINE)[1]
+
+
+@pytest.mark.parametrize("case", ["path", "elsewhere", "moved", "without the best"])
+def test_resumed_run_remembers_the_best_checkpoint(call, tmp_path: Path, case: str):
+    options = ("--hidden_sizes", "[16]", "--accelerator", "cpu")
+    first = call(main, *options, "--max_epochs", 1)
+    checkpoints = tmp_path / "logs/main/version_0/checkpoints"
+    [best] = checkpoints.glob("epoch=0*.ckpt")
+    # Left as a run of two epochs leaves it that was stopped after the first, which no later epoch can beat.
+    checkpoint = torch.load(checkpoints / "last.ckpt")
+    checkpoint["lr_schedulers"][0]["total_steps"] *= 2
+    [state] = [
+        state for name, state in checkpoint["callbacks"].items() if "accuracy/val" in name and "dirpath" in state
+    ]
+    for score in ("best_model_score", "kth_value"):
+        state[score] = torch.tensor(1.0)
+    state["best_k_models"] = {path: torch.tensor(1.0) for path in state["best_k_models"]}
+    torch.save(checkpoint, checkpoints / "last.ckpt")
+
+    folder, logs, ckpt_path = tmp_path / "elsewhere", tmp_path / "logs", "last"
+    folder.mkdir()
+    if case == "path":
+        folder, logs, ckpt_path = tmp_path, "logs", "logs/main/version_0/checkpoints/last.ckpt"
+    elif case == "moved":
+        logs = logs.rename(folder / "moved")
+        best = logs / best.relative_to(tmp_path / "logs")
+    elif case == "without the best":
+        best.unlink()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        resumed = call(main, *options, "--max_epochs", 2, "--log_dir", logs, "--ckpt_path", ckpt_path, folder=folder)
+    assert resumed.returncode == 0, resumed.stderr
+    assert not [warning for warning in caught if "dirpath has changed" in str(warning.message)]
+    tested = folder / printed(resumed, "best checkpoint")
+    if case == "without the best":
+        assert tested.name.startswith("epoch=1")
+    else:
+        assert tested.samefile(best)
+        assert printed(resumed, "test accuracy") == printed(first, "test accuracy")
+
+
+def test_resuming_a_run_that_had_stopped_early_only_tests(call, tmp_path: Path):
+    # With this learning rate no epoch is better than the first.
+    options = (*SMALL, "--max_epochs", 9, "--patience", 1, "--learning_rate", 1e-30)
+    stopped = call(main, *options)
+    assert stopped.returncode == 0, stopped.stderr
+    assert "accuracy/val did not improve in the last 1 records" in printed(stopped, "stopped early")
+    last = tmp_path / "logs/main/version_0/checkpoints/last.ckpt"
+    assert torch.load(last)["global_step"] == 2 * 108
+    written = last.stat().st_mtime_ns
+    resumed = call(main, *options, "--ckpt_path", "last")
+    assert resumed.returncode == 0, resumed.stderr
+    assert printed(resumed, "test accuracy") == printed(stopped, "test accuracy")
+    assert last.stat().st_mtime_ns == written
+    assert max(step for step, _ in scalars(last.parents[1])["lr-AdamW"]) < 2 * 108
+
+
+POISONED = """
+import main
+from common.cli import run_from_command_line
+
+class Poisoned(main.MNISTDataModule):
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        if self.trainer.training and self.trainer.global_step == 80 and self.trainer.global_rank == 1:
+            batch[0].fill_(float("nan"))
+        return batch
+
+main.MNISTDataModule = Poisoned
+run_from_command_line(main.main)
+"""
+
+
+def test_loss_that_is_not_finite_on_one_process_ends_all(tmp_path: Path):
+    (tmp_path / "poisoned.py").write_text(POISONED)
+    two = ("--devices", 2, "--strategy", "ddp")
+    command = [sys.executable, "poisoned.py", *SMALL, *two]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        list(map(str, command)), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    # One batch of the second epoch was bad, and only one of the processes had it.
+    last = tmp_path / "logs/main/version_0/checkpoints/last.ckpt"
+    assert_one_line_error(result, f"is nan after step 108; last good checkpoint: {last.relative_to(tmp_path)}")
+    saved = [torch.load(path) for path in last.parent.iterdir()]
+    assert [checkpoint["global_step"] for checkpoint in saved] == [54, 54]
+    assert all(weights.isfinite().all() for checkpoint in saved for weights in checkpoint["state_dict"].values())
