@@ -4,13 +4,18 @@ python initialization.py
 python initialization.py --depth 30 --learning_rate 0.002 --activations "[relu]"
 tensorboard --logdir logs/initialization
 
-Read `run_scheme` first: one training, with callbacks that measure it. Then `main`, which compares all of them. The
-README's section "Initialization" explains it.
+Each layer multiplies the variance of the signal by about fan_in * Var(w) times what the activation lets through, and
+that of the gradient by about fan_out * Var(w). Far below 1 both vanish with depth. Far above 1 they explode, or tanh
+saturates.
+
+Read `run_scheme` first: one training, with callbacks that measure it. Then `main`, which compares all of them.
+docs/initialization.md explains the results.
 """
 
 import logging
 import math
 from copy import deepcopy
+from itertools import product
 from pathlib import Path
 from typing import Literal
 
@@ -41,43 +46,47 @@ def run_scheme(
 ) -> Result:
     """Gives `model` the weights of one initialization scheme, trains it and returns what was measured on the way."""
     activation = model.hparams["activation"]
+    # The batch of step 0 too, as the order of the images is a function of seed and epoch.
     images, _ = next(iter(data.train_dataloader()))
     initialize(model, scheme, images)
     untrained = deepcopy(model)  # the theory speaks of the first weights
 
-    curve, histograms = LossCurveCallback(), ActivationHistogramCallback(every_n_steps=100)
+    recorder, curve = ActivationHistogramCallback(every_n_steps=100), LossCurveCallback()
     trainer = pl.Trainer(
         accelerator="cpu",
         max_steps=steps,
         logger=TensorBoardLogger(folder, name=activation, version=scheme, default_hp_metric=False),
-        callbacks=[MetricsCallback(), GradientHistogramCallback(every_n_steps=100), histograms, curve],
+        # Two of them only for TensorBoard and the accuracy; what is compared comes from the recorder and the curve.
+        callbacks=[MetricsCallback(), GradientHistogramCallback(every_n_steps=100), recorder, curve],
         num_sanity_val_steps=0,
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=False,
     )
+    # Plain SGD: AdamW divides each gradient by its usual size and would hide how small or large it is.
     classifier = SGDClassifier(model, learning_rate, label_smoothing=0.0)
     trainer.fit(classifier, data)
     [validation] = trainer.validate(classifier, data, verbose=False)
 
-    signals, gradients = histograms.at_start("preactivation_std"), histograms.at_start("backpropagated_std")
+    preactivations, gradients = recorder.at_start("preactivation_std"), recorder.at_start("backpropagated_std")
     return Result(
         activation=activation,
         scheme=scheme,
         losses=curve.losses,
         accuracy=validation["accuracy/val"],
-        activation_stds=histograms.at_start("activation_std"),
-        defects=histograms.at_start(f"activation_{DEFECTS[activation]}"),
-        stds={"signals": signals, "gradients": gradients},
-        theory=predict_stds(untrained, images, gradients[-1]),
-        samples=histograms.samples(),
+        activation_stds=recorder.at_start("activation_std"),
+        defects=recorder.at_start(f"activation_{DEFECTS[activation]}"),
+        measured_stds={"preactivations": preactivations, "gradients": gradients},
+        # The theory says how gradients change from layer to layer, and takes the last one as it is measured.
+        predicted_stds=predict_stds(untrained, images, gradients[-1]),
+        samples=recorder.samples(),
     )
 
 
 def main(
     depth: PositiveInt = 20,
     width: PositiveInt = 100,
-    activations: list[Literal["tanh", "relu"]] = ["tanh", "relu"],  # noqa: B006 - nobody mutates it, as in main.py
+    activations: list[Literal["tanh", "relu"]] = ["tanh", "relu"],  # noqa: B006 - never changed
     schemes: list[Scheme] = list(INITIALIZATIONS),  # noqa: B006
     steps: PositiveInt = 300,
     learning_rate: OpenUnitInterval = 0.01,
@@ -96,9 +105,9 @@ def main(
         steps: Training steps of each run.
         learning_rate: Of stochastic gradient descent with momentum 0.9.
         batch_size: Images of a batch.
-        seed: Of the initial weights and of the batches, which are the same for every run.
+        seed: Seed of the initial weights and of the order of the images; every run sees the same batches.
         data_dir: Folder of the MNIST files.
-        log_dir: Folder whose subfolder initialization gets the TensorBoard logs and the pictures.
+        log_dir: Logs and pictures go to its subfolder initialization/version_N.
 
     Returns:
         What each run has measured.
@@ -111,21 +120,22 @@ def main(
     # took 2.3 s with one thread and over 30 s with two.
     torch.set_num_threads(1)
 
-    data = MNISTDataModule(data_dir, batch_size, seed)
-    data.prepare_data()
+    data = MNISTDataModule(data_dir, batch_size, seed, augment=False)  # the theory is of fixed images
+    data.prepare_data()  # by hand, as a batch is wanted before there is a Trainer
     data.setup("fit")
 
     # A folder for each call: TensorBoard would mix runs of another depth with these.
-    folder = Path(log_dir, "initialization")
-    folder /= f"version_{make_version(folder)}"
+    parent = Path(log_dir, "initialization")
+    folder = parent / f"version_{make_version(parent)}"
     results = []
     # dict.fromkeys drops what is named twice.
-    runs = [(activation, scheme) for activation in dict.fromkeys(activations) for scheme in dict.fromkeys(schemes)]
+    progress = tqdm(list(product(dict.fromkeys(activations), dict.fromkeys(schemes))), unit="run")
     try:
-        for activation, scheme in (progress := tqdm(runs, unit="run")):
+        for activation, scheme in progress:
             progress.set_description(f"{activation} {scheme}")
             pl.seed_everything(seed, verbose=False)
-            results.append(run_scheme(scheme, MLP([width] * depth, activation), data, steps, learning_rate, folder))
+            model = MLP([width] * depth, activation)
+            results.append(run_scheme(scheme, model, data, steps, learning_rate, folder))
     except (KeyboardInterrupt, SystemExit):  # Lightning turns Ctrl-C in a training into SystemExit
         print("\ninterrupted; the results so far:")
 
@@ -138,7 +148,7 @@ def main(
 
 
 def print_table(results: list[Result]) -> None:
-    """Prints a table for each activation: means over the hidden layers, and first and last hidden layer."""
+    """Prints a table for each activation: std in the first and in the last hidden layer, share as a mean over them."""
     for activation in dict.fromkeys(result.activation for result in results):
         print(
             f"\n{activation:16} {'loss at step 0':>14}  {'activation std':^20}  {'gradient std':^20}"
@@ -148,9 +158,12 @@ def print_table(results: list[Result]) -> None:
         )
         for result in results:
             if result.activation == activation:
-                signals, gradients = result.activation_stds, result.stds["gradients"][:-1]
+                activations, gradients = (
+                    result.activation_stds,
+                    result.measured_stds["gradients"][:-1],
+                )  # without the logits
                 print(
-                    f"{result.scheme:16} {result.losses[0]:14.5g}  {signals[0]:8.2g} -> {signals[-1]:<8.2g}"
+                    f"{result.scheme:16} {result.losses[0]:14.5g}  {activations[0]:8.2g} -> {activations[-1]:<8.2g}"
                     f"  {gradients[-1]:8.2g} -> {gradients[0]:<8.2g}  {np.mean(result.defects):9.1%}"
                     f"  {result.accuracy:10.1%}"
                 )

@@ -4,8 +4,8 @@ python sweep.py
 python sweep.py --workers 2
 python sweep.py --storage postgresql+psycopg://user@host/database    (the same command on each machine)
 
-Read `suggest_hyperparameters` first, it is the search space, then `objective`, which trains one trial. The README's
-section "Tuning" explains it.
+On one process, all this is `optuna.create_study` and `study.optimize(objective, n_trials=20)`. Read the search space
+first, then `objective`, which trains one trial. What several workers need is in `common/study.py`.
 """
 
 from functools import partial
@@ -20,28 +20,20 @@ from pytorch_lightning.accelerators import CUDAAccelerator
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger
 
-from common.callbacks import FiniteLossCallback, MetricsCallback, PruningCallback
+from common.callbacks import FiniteLossCallback, MetricsCallback
 from common.classifier import Classifier
 from common.cli import Seed, run_from_command_line
 from common.data import DATA_DIR, MNISTDataModule
 from common.model import MLP
-from common.study import open_study, report, run_trial, run_workers, study_folder
-
-# The defaults of `main.py`: every study begins with them, as the trial to beat.
-BASELINE = {
-    "depth": 2,
-    "hidden_size_0": 512,
-    "hidden_size_1": 256,
-    "activation": "gelu",
-    "dropout": 0.0,
-    "learning_rate": 6e-3,
-    "weight_decay": 0.05,
-    "batch_size": 512,
-}
+from common.report import report
+from common.study import open_study, run_trial, run_workers, study_folder
 
 
 def suggest_hyperparameters(trial: optuna.Trial) -> dict[str, Any]:
-    """The search space. The keys are options of `main.py`."""
+    """Asks the trial for a point of the search space; the keys are options of `main.py`.
+
+    The study's sampler chooses. The space is what is asked for: `hidden_size_2` exists in trials of depth 3 alone.
+    """
     depth = trial.suggest_int("depth", 1, 3)
     return {
         "hidden_sizes": [trial.suggest_int(f"hidden_size_{layer}", 64, 512, step=64) for layer in range(depth)],
@@ -53,9 +45,42 @@ def suggest_hyperparameters(trial: optuna.Trial) -> dict[str, Any]:
     }
 
 
-# Keeps the better third. Of the pruners replayed on the curves of 80 trials at full length, 20 at a time, it took the
-# fewest steps, 34 %; MedianPruner took 55 %, HyperbandPruner 67 %; none lost the best trial.
-PRUNER = optuna.pruners.PercentilePruner(33.3, n_startup_trials=2)
+# What a textbook would begin with. It is trial 0 of every study, and the others have to beat it.
+BASELINE = {
+    "depth": 1,
+    "hidden_size_0": 128,
+    "activation": "relu",
+    "dropout": 0.0,
+    "learning_rate": 1e-3,
+    "weight_decay": 0.01,
+    "batch_size": 256,
+}
+# After each epoch, stops a trial whose best accuracy so far is not in the top third of what earlier trials had then.
+# The first trial is never stopped.
+PRUNER = optuna.pruners.PercentilePruner(33.3, n_startup_trials=1)
+
+
+class PruningCallback(pl.Callback):
+    """Reports the accuracy of each validation to the trial, and stops a training that the study's pruner gives up.
+
+    It stops the Trainer as EarlyStopping does, on all processes together. The trial's attribute `pruned` then tells
+    the objective to raise `optuna.TrialPruned`. Optuna's own callback is made for the package `lightning`, whose
+    Callback is another class than that of `pytorch_lightning`.
+    """
+
+    def __init__(self, trial: optuna.Trial) -> None:
+        self.trial = trial
+
+    def on_validation_end(self, trainer, pl_module) -> None:
+        if trainer.sanity_checking:
+            return
+        prune = False
+        if trainer.is_global_zero:
+            self.trial.report(trainer.callback_metrics["accuracy/val"].item(), step=trainer.current_epoch)
+            prune = bool(self.trial.should_prune())
+            self.trial.set_user_attr("pruned", prune)
+            self.trial.set_user_attr("steps", trainer.global_step)
+        trainer.should_stop |= trainer.strategy.broadcast(prune)
 
 
 def objective(
@@ -65,20 +90,22 @@ def objective(
     max_epochs: int,
     patience: int,
     seed: int,
-    accelerator: str = "auto",
+    accelerator: str,
     devices: int | list[int] = 1,
     strategy: str = "auto",
 ) -> float:
     """Trains one trial as `main.py` would and returns its best validation accuracy, in [0, 1].
 
+    Optuna calls it with the trial alone; `main` binds the rest.
+
     Raises:
         optuna.TrialPruned: if the pruner stopped it.
-        FloatingPointError: if its loss was not finite.
+        FloatingPointError: if its loss was not finite. The trial counts as failed, and the study goes on.
     """
     chosen = suggest_hyperparameters(trial)
     pl.seed_everything(seed, verbose=False)
 
-    data.batch_size = chosen["batch_size"]  # the images themselves stay loaded from trial to trial
+    data.batch_size = chosen["batch_size"]  # one data module for all trials, so that the images stay loaded
     model = MLP(chosen["hidden_sizes"], chosen["activation"], chosen["dropout"])
     classifier = Classifier(model, chosen["learning_rate"], chosen["weight_decay"])
 
@@ -91,10 +118,10 @@ def objective(
         strategy=strategy,
         logger=logger,
         callbacks=[
-            MetricsCallback(),
+            MetricsCallback(),  # logs the accuracy/val that the others monitor
             FiniteLossCallback(),
             EarlyStopping(monitor="accuracy/val", mode="max", patience=patience),
-            PruningCallback(trial, monitor="accuracy/val"),
+            PruningCallback(trial),
             checkpoint,
         ],
         enable_progress_bar=False,
@@ -102,13 +129,13 @@ def objective(
     )
     trainer.fit(classifier, data)
 
-    # From the storage, as with several devices it was another process that wrote it there.
+    # What PruningCallback has reported, read from the study: with several devices a child process has reported it.
     recorded = trial.study.get_trials(deepcopy=False)[trial.number]
-    accuracy = max(recorded.intermediate_values.values())
-    logger.log_hyperparams(chosen, {"accuracy/best": accuracy})
+    accuracy, pruned = max(recorded.intermediate_values.values()), recorded.user_attrs["pruned"]
+    logger.log_hyperparams(chosen | {"pruned": pruned}, {"accuracy/best": accuracy})
     logger.save()
-    trial.set_user_attr("checkpoint", checkpoint.best_model_path)
-    if recorded.user_attrs["pruned"]:
+    trial.set_user_attr("checkpoint", checkpoint.best_model_path)  # a note for test_best
+    if pruned:
         raise optuna.TrialPruned
     return accuracy
 
@@ -130,7 +157,7 @@ def main(
     """Search hyperparameters for the MLP on MNIST; the same command again continues the study.
 
     Args:
-        n_trials: Trials of the study in all, whoever runs them.
+        n_trials: Trials of the whole study, over all workers, machines and earlier calls.
         timeout: Seconds after which no trial is started any more.
         workers: Processes on this machine, each with its share of the cores, and the GPUs in turn.
         storage: Database URL of the study; one SQLite file in log_dir if none is given.
@@ -139,21 +166,23 @@ def main(
         patience: Epochs without a better validation accuracy after which a trial stops early.
         accelerator: Kind of device to train on.
         devices: How many of them each trial uses.
-        seed: Of the suggestions, the initial weights, the order of the images and dropout.
+        seed: Seed of the suggestions, the initial weights, the order of the images and dropout.
         data_dir: Folder of the MNIST files.
         log_dir: Folder for the storage, logs, checkpoints and pictures.
     """
+    url = storage or f"sqlite:///{Path(log_dir, 'sweep', 'optuna.db')}"
     folder = study_folder(Path(log_dir, "sweep"), storage, study_name)
     folder.mkdir(parents=True, exist_ok=True)
     data = MNISTDataModule(data_dir, seed=seed)
-    data.prepare_data()
-    url = storage or f"sqlite:///{Path(log_dir, 'sweep', 'optuna.db')}"
+    data.prepare_data()  # here, so that missing data ends the program and not every trial
+
+    # optuna.create_study(load_if_exists=True), for each worker again, as a study cannot be sent to another process.
     open_this_study = partial(open_study, url, study_name, PRUNER, suggest_hyperparameters, max_epochs)
     study = open_this_study()
-
-    # A device that this machine has not would fail every trial of the study: here it ends the program before the first.
+    # Ends the program if the machine lacks these devices, which would fail every trial.
     probe = pl.Trainer(accelerator=accelerator, devices=devices, logger=False, enable_checkpointing=False)
     gpus = torch.cuda.device_count() if isinstance(probe.accelerator, CUDAAccelerator) else 0
+
     train = partial(
         objective,
         data=data,
@@ -164,19 +193,28 @@ def main(
         accelerator=accelerator,
         strategy="ddp_spawn" if devices > 1 else "auto",  # "ddp" would start the whole sweep once more
     )
-    objectives = [partial(train, devices=devices_of(worker, devices, gpus)) for worker in range(workers)]
-    runs = [partial(run_trial, objective=each, n_trials=n_trials, seed=seed, baseline=BASELINE) for each in objectives]
-    # Shares what torch would use by itself, which heeds OMP_NUM_THREADS and the cores that this process may run on.
+    runs = [
+        partial(
+            run_trial,
+            objective=partial(train, devices=devices_of(worker, devices, gpus)),
+            n_trials=n_trials,
+            seed=seed,
+            baseline=BASELINE,
+        )
+        for worker in range(workers)
+    ]
+    # An equal share of the threads that torch would use, which heeds OMP_NUM_THREADS and the cores it may use.
     threads = max(1, torch.get_num_threads() // (workers * devices))
+    # Each worker calls study.optimize(run, n_trials=1) until the study has n_trials.
     run_workers(open_this_study, runs, n_trials, timeout, threads)
 
-    best = report(study, suggest_hyperparameters, folder)
+    best = report(study, suggest_hyperparameters, BASELINE, folder)
     if best:
         test_best(study, best, data, folder, accelerator)
 
 
 def devices_of(worker: int, devices: int, gpus: int) -> int | list[int]:
-    """The devices of a worker: the next so many GPUs, from the first one again behind the last, or a number of others.
+    """Deals the GPUs to the workers in turn; without GPUs, returns the number of devices.
 
     >>> [devices_of(worker, devices=1, gpus=2) for worker in range(3)]
     [[0], [1], [0]]
@@ -190,20 +228,20 @@ def test_best(
     study: optuna.Study, best: optuna.trial.FrozenTrial, data: MNISTDataModule, folder: Path, accelerator: str
 ) -> None:
     """Tests the best trial's checkpoint, once in the study's life, and says where it lies."""
-    tested = f"test accuracy of trial {best.number}"  # remembered, so that a continued study does not test it again
+    label = f"test accuracy of trial {best.number}"  # remembered, so that a continued study does not test it again
     path = Path(best.user_attrs["checkpoint"])
     # Another machine may have trained it, and a file of that name here may be of another study.
     here = path.exists() and path.absolute().is_relative_to(folder.absolute())
-    if here and tested not in study.user_attrs:
+    if here and label not in study.user_attrs:
         classifier = Classifier.load_from_checkpoint(path, weights_only=True)
-        # One device: with "ddp" a Trainer that took all GPUs would start the whole sweep once for each.
+        # One device: with several, Lightning would start this script again for each of them.
         trainer = pl.Trainer(
             accelerator=accelerator, devices=1, callbacks=[MetricsCallback()], logger=False, enable_progress_bar=False
         )
         [test] = trainer.test(classifier, data, verbose=False)
-        study.set_user_attr(tested, test["accuracy/test"])
-    if tested in study.user_attrs:
-        print(f"{tested}: {study.user_attrs[tested]:.2%}")
+        study.set_user_attr(label, test["accuracy/test"])
+    if label in study.user_attrs:
+        print(f"{label}: {study.user_attrs[label]:.2%}")
     if here:
         print(f'to load it:       Classifier.load_from_checkpoint("{path}", weights_only=True)')
 

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from common.model import MLP
 
-# The initialization schemes. Each takes a layer whose bias is zero already, the activation, whose gain makes up for
-# what it takes from the signal, and the inputs (batch, fan_in) that reach the layer. Few need all of these, but with
-# the same arguments for each of them a dictionary can hold them.
+# Each scheme takes a layer whose bias is zero already, the name of the activation behind it, and the inputs
+# (batch, fan_in) that reach the layer, at which only lsuv looks. The gain makes up for what the activation takes away
+# from the signal: √2 for ReLU, 5/3 for tanh in PyTorch.
 
 
 def zeros(linear: nn.Linear, activation: str, inputs: Tensor) -> None:
@@ -48,12 +48,12 @@ def xavier_uniform(linear: nn.Linear, activation: str, inputs: Tensor) -> None:
 
     Without a gain, as in the paper, which takes the activation for linear with slope 1 (equation 4).
     """
-    nn.init.xavier_uniform_(linear.weight, gain=nn.init.calculate_gain("linear"))
+    nn.init.xavier_uniform_(linear.weight)
 
 
 def xavier_normal(linear: nn.Linear, activation: str, inputs: Tensor) -> None:
     """N(0, 2 / (fan_in + fan_out)) (Glorot & Bengio 2010, equation 12), without a gain like `xavier_uniform`."""
-    nn.init.xavier_normal_(linear.weight, gain=nn.init.calculate_gain("linear"))
+    nn.init.xavier_normal_(linear.weight)
 
 
 def kaiming_uniform(linear: nn.Linear, activation: str, inputs: Tensor) -> None:
@@ -74,7 +74,6 @@ def orthogonal(linear: nn.Linear, activation: str, inputs: Tensor) -> None:
     nn.init.orthogonal_(linear.weight, gain=nn.init.calculate_gain(activation))
 
 
-@torch.no_grad()
 def lsuv(linear: nn.Linear, activation: str, inputs: Tensor) -> None:
     """Layer-sequential unit variance (Mishkin & Matas 2016, arXiv:1511.06422, algorithm 1).
 
@@ -106,8 +105,8 @@ def initialize(model: MLP, scheme: str, images: Tensor) -> None:
     """Initializes the layers of `model` from first to last; all biases become 0, except with `pytorch_default`.
 
     Args:
-        model: the gain is that of its activation, in every layer, though none comes before the first: as He et al. 2015
-            do (section 2.2), for one factor more or less changes little.
+        model: every layer gets the gain of its activation, also the first, which follows none: one factor changes
+            little (He et al. 2015, section 2.2).
         scheme: a key of `INITIALIZATIONS`.
         images: a batch (batch, ...) that the layers pass on, for the schemes that look at their inputs.
 

@@ -1,4 +1,4 @@
-"""The pictures of `initialization.py`, drawn from its results, and those of a study that `sweep.py` has searched."""
+"""The pictures of `initialization.py`, drawn from its results."""
 
 import math
 from pathlib import Path
@@ -7,12 +7,9 @@ from typing import Literal
 
 import matplotlib.pyplot as plt
 import numpy as np
-import optuna
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
-from optuna.importance import PedAnovaImportanceEvaluator
-from optuna.visualization import matplotlib as plots
 
 from common.activations import Result
 
@@ -35,9 +32,11 @@ COLORS = {
 
 def save_pictures(results: list[Result], folder: Path) -> list[Path]:
     """Draws all pictures as PNG files and returns where they are."""
-    pictures = {"depth": draw_depth(results), "curves": draw_curves(results)} if results else {}
-    for activation in dict.fromkeys(result.activation for result in results):
-        of_activation = [result for result in results if result.activation == activation]
+    groups = {}
+    for result in results:
+        groups.setdefault(result.activation, []).append(result)
+    pictures = {"depth": draw_depth(groups), "curves": draw_curves(groups)} if groups else {}
+    for activation, of_activation in groups.items():
         pictures[f"activations_{activation}"] = draw_histograms(of_activation, "activations")
         pictures[f"gradients_{activation}"] = draw_histograms(of_activation, "gradients")
     for name, figure in pictures.items():
@@ -46,68 +45,60 @@ def save_pictures(results: list[Result], folder: Path) -> list[Path]:
     return [folder / f"{name}.png" for name in pictures]
 
 
-def draw_depth(results: list[Result]) -> Figure:
+def draw_depth(groups: dict[str, list[Result]]) -> Figure:
     """Draws the standard deviation of signals and gradients in each layer at step 0, and over it the theory."""
-    labels = {"signals": "std of the pre-activations", "gradients": "std of the back-propagated gradients"}
-    activations = list(dict.fromkeys(result.activation for result in results))
-    figure, axes = plt.subplots(2, len(activations), figsize=(9, 8), squeeze=False, layout="constrained")
-    for row, what in enumerate(labels):
-        for axis, activation in zip(axes[row], activations, strict=True):
-            nowhere = []
+    labels = {"preactivations": "std of the pre-activations", "gradients": "std of the back-propagated gradients"}
+    # What explodes or vanishes leaves the picture, so that the rest can be told apart.
+    limits = {"preactivations": (1e-6, 1e4), "gradients": (1e-9, 1e1)}
+    figure, axes = plt.subplots(2, len(groups), figsize=(9, 8), squeeze=False, layout="constrained")
+    for row, what in zip(axes, labels, strict=True):
+        for axis, (activation, results) in zip(row, groups.items(), strict=True):
             for result in results:
-                if result.activation == activation:
-                    layers = range(1, len(result.stds[what]) + 1)
-                    axis.plot(
-                        layers, above_zero(result.stds[what]), color=COLORS[result.scheme], linewidth=4, alpha=0.7
-                    )
-                    axis.plot(layers, above_zero(result.theory[what]), "k--", linewidth=0.8)
-                    if not any(result.stds[what][:-1]):
-                        nowhere.append(result.scheme)
+                layers, color = range(1, len(result.measured_stds[what]) + 1), COLORS[result.scheme]
+                axis.plot(layers, above_zero(result.measured_stds[what]), color=color, linewidth=4, alpha=0.7)
+                axis.plot(layers, above_zero(result.predicted_stds[what]), "k--", linewidth=0.8)
+            all_zero = [result.scheme for result in results if not any(result.measured_stds[what][:-1])]
             axis.set_yscale("log")
-            # What explodes or vanishes leaves the picture, so that the rest can be told apart.
-            bottom, top = axis.get_ylim()
-            low, high = (1e-6, 1e4) if what == "signals" else (1e-9, 1e1)
+            (bottom, top), (low, high) = axis.get_ylim(), limits[what]
             axis.set(ylim=(max(bottom, low), min(top, high)), title=activation)
-            axis.set_xlabel(with_notes("layer", {"0 in all hidden layers": nowhere}))
+            axis.set_xlabel(with_notes("layer", {"0 in all hidden layers": all_zero}))
             axis.xaxis.get_major_locator().set_params(integer=True)
             axis.grid(alpha=0.3)
-        axes[row, 0].set_ylabel(labels[what])
-    draw_legend(figure, results, Line2D([], [], color="black", linewidth=0.8, linestyle="--", label="theory"))
+        row[0].set_ylabel(labels[what])
+    draw_legend(figure, groups, Line2D([], [], color="black", linewidth=0.8, linestyle="--", label="theory"))
     return figure
 
 
-def draw_curves(results: list[Result]) -> Figure:
+def draw_curves(groups: dict[str, list[Result]]) -> Figure:
     """Draws the training loss of each step, smoothed."""
-    activations = list(dict.fromkeys(result.activation for result in results))
-    figure, axes = plt.subplots(1, len(activations), figsize=(9, 5.2), squeeze=False, layout="constrained")
-    for axis, activation in zip(axes[0], activations, strict=True):
-        stuck, overflown = [], []
+    figure, axes = plt.subplots(1, len(groups), figsize=(9, 5.2), squeeze=False, layout="constrained")
+    for axis, (activation, results) in zip(axes[0], groups.items(), strict=True):
+        notes = {"stay at ln 10": [], "overflow": []}
         for result in results:
-            if result.activation == activation:
-                window = min(10, len(result.losses))
-                smooth = np.convolve(result.losses, np.full(window, 1 / window), mode="valid")
-                axis.plot(np.arange(len(smooth)) + window, smooth, color=COLORS[result.scheme])
-                if not np.isfinite(smooth).all():
-                    overflown.append(result.scheme)
-                elif np.allclose(smooth, math.log(10), rtol=0.02):
-                    stuck.append(result.scheme)
+            window = min(10, len(result.losses))
+            smooth = np.convolve(result.losses, np.full(window, 1 / window), mode="valid")
+            axis.plot(np.arange(len(smooth)) + window, smooth, color=COLORS[result.scheme])
+            if not np.isfinite(smooth).all():
+                notes["overflow"].append(result.scheme)
+            elif np.allclose(smooth, math.log(10), rtol=0.02):
+                notes["stay at ln 10"].append(result.scheme)
         axis.axhline(math.log(10), color="black", linewidth=0.8, linestyle=":")
         axis.set(ylim=(0, 2 * math.log(10)), title=activation)
-        axis.set_xlabel(with_notes("step", {"stay at ln 10": stuck, "overflow": overflown}))
+        axis.set_xlabel(with_notes("step", notes))
         axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel("training loss, mean of 10 steps")
-    draw_legend(figure, results, Line2D([], [], color="black", linewidth=0.8, linestyle=":", label="ln 10, chance"))
+    draw_legend(figure, groups, Line2D([], [], color="black", linewidth=0.8, linestyle=":", label="ln 10, chance"))
     return figure
 
 
-def draw_legend(figure: Figure, results: list[Result], last: Line2D) -> None:
-    schemes = dict.fromkeys(result.scheme for result in results)
+def draw_legend(figure: Figure, groups: dict[str, list[Result]], last: Line2D) -> None:
+    schemes = dict.fromkeys(result.scheme for results in groups.values() for result in results)
     handles = [Line2D([], [], color=COLORS[scheme], linewidth=4, label=scheme) for scheme in schemes]
     figure.legend(handles=[*handles, last], loc="outside lower center", ncols=5, fontsize=9)
 
 
 def with_notes(label: str, notes: dict[str, list[str]]) -> str:
-    """Adds to an axis label what has no visible line, or one hidden by others: {note: schemes}."""
+    """The label, and below it a line for each note with its schemes, as in "overflow: normal_large"."""
     return "\n".join([label, *(fill(f"{note}: {', '.join(names)}", 60) for note, names in notes.items() if names)])
 
 
@@ -160,24 +151,3 @@ def draw_histograms(results: list[Result], what: Literal["activations", "gradien
         fontsize=9,
     )
     return figure
-
-
-def save_study_pictures(study: optuna.Study, folder: Path) -> None:
-    """Saves Optuna's pictures of the study as PNG files."""
-    # Parameters of every trial only: most trials have no third layer.
-    shared = ["learning_rate", "batch_size", "depth", "hidden_size_0", "activation", "dropout", "weight_decay"]
-    pictures = {
-        "history": lambda: plots.plot_optimization_history(study),
-        "intermediate_values": lambda: plots.plot_intermediate_values(study),
-        "parallel_coordinate": lambda: plots.plot_parallel_coordinate(study, params=shared),
-        # Not Optuna's default evaluator, which needs scikit-learn.
-        "importances": lambda: plots.plot_param_importances(study, evaluator=PedAnovaImportanceEvaluator()),
-    }
-    for name, plot in pictures.items():
-        figure = plot().figure
-        figure.set_size_inches(11, 5)
-        if name == "parallel_coordinate":
-            for axis in figure.axes:
-                axis.grid(False)  # one grid for each parameter would hide the trials
-        figure.savefig(folder / f"{name}.png", dpi=100, bbox_inches="tight")
-        plt.close(figure)

@@ -6,7 +6,7 @@ et al. 2016 (arXiv:1606.05340) and Schoenholz et al. 2017 (arXiv:1611.01232). Fo
 which makes them equations 8 and 12 of He et al. 2015 (arXiv:1502.01852), and the condition that nothing changes from
 layer to layer is He's equation 10: fan_in · Var(w) / 2 = 1.
 
-A second moment is the mean of squares, E[z²]: the variance, where the mean is zero. None of them has a unit.
+A second moment is the mean of squares, E[z²]: the variance, where the mean is zero.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,6 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from common.model import ACTIVATIONS, MLP
+
+# The Gaussian integral as a sum over a fine grid: tanh' is a peak of width 1/√q, which the nodes of Gauss-Hermite
+# quadrature miss where q is large. The number of points is even, so that ReLU's kink at 0 lies between two of them.
+GAUSSIAN_Z = torch.linspace(-10, 10, 2000, dtype=torch.float64)
+GAUSSIAN_PROBABILITIES = torch.softmax(-GAUSSIAN_Z.square() / 2, dim=0)
 
 
 def forward_moments(
@@ -37,7 +42,7 @@ def forward_moments(
     for weight, bias in zip(weights, biases, strict=True):
         moments.append(weight * signal + bias)
         z = moments[-1].sqrt()[:, None] * GAUSSIAN_Z
-        signal = activation(z).square() @ GAUSSIAN_WEIGHTS
+        signal = activation(z).square() @ GAUSSIAN_PROBABILITIES
     return torch.stack(moments)
 
 
@@ -60,29 +65,23 @@ def backward_moments(
         δ² (layers, images), in the order of the layers.
     """
     deltas = [torch.full_like(moments[-1], last)]
-    for q, weight in zip(moments.flip(0)[1:], reversed(weights), strict=False):
+    for q, weight in zip(moments.flip(0)[1:], reversed(weights[1:]), strict=True):
         z = (q.sqrt()[:, None] * GAUSSIAN_Z).requires_grad_()
         (slope,) = torch.autograd.grad(activation(z).sum(), z)
-        deltas.append(slope.square() @ GAUSSIAN_WEIGHTS * weight * deltas[-1])
+        deltas.append(slope.square() @ GAUSSIAN_PROBABILITIES * weight * deltas[-1])
     return torch.stack(deltas).flip(0)
 
 
-# The Gaussian integral as a sum over a fine grid: tanh' is a peak of width 1/√q, which the nodes of Gauss-Hermite
-# quadrature miss where q is large. The number of points is even, so that ReLU's kink at 0 lies between two of them.
-GAUSSIAN_Z = torch.linspace(-10, 10, 2000, dtype=torch.float64)
-GAUSSIAN_WEIGHTS = torch.softmax(-GAUSSIAN_Z.square() / 2, dim=0)
-
-
-def predict_stds(model: MLP, images: Tensor, last: float) -> dict[str, list[float]]:
+def predict_stds(model: MLP, images: Tensor, last_std: float) -> dict[str, list[float]]:
     """Standard deviation of the pre-activations and of their gradients in each layer, over all images and units.
 
     Args:
         model: its activation is `nn.ReLU` or `nn.Tanh`; of its weights only the variances count.
         images: a batch (batch, ...).
-        last: standard deviation of the gradient at the logits, from which the gradients start.
+        last_std: standard deviation of the gradient at the logits, from which the gradients start.
 
     Returns:
-        "signals" and "gradients", lists from the first layer to the last.
+        "preactivations" and "gradients", lists from the first layer to the last.
     """
     layers = [layer for layer in model.layers if isinstance(layer, nn.Linear)]
     activation = ACTIVATIONS[model.hparams["activation"]]()
@@ -91,5 +90,5 @@ def predict_stds(model: MLP, images: Tensor, last: float) -> dict[str, list[floa
     backward_weights = [layer.out_features * variance for layer, variance in zip(layers, variances, strict=True)]
     biases = [layer.bias.var(correction=0).item() for layer in layers]
     moments = forward_moments(activation, images.square().flatten(1).mean(dim=1), forward_weights, biases)
-    deltas = backward_moments(activation, moments, backward_weights, last**2)
-    return {"signals": moments.mean(dim=1).sqrt().tolist(), "gradients": deltas.mean(dim=1).sqrt().tolist()}
+    deltas = backward_moments(activation, moments, backward_weights, last_std**2)
+    return {"preactivations": moments.mean(dim=1).sqrt().tolist(), "gradients": deltas.mean(dim=1).sqrt().tolist()}

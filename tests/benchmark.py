@@ -1,16 +1,22 @@
-"""Measures what the README says of speed and writes its tables: `python -m tests.benchmark`, 20 minutes on 2 cores.
+"""Measures what the documentation says of speed and accuracy, and writes its tables.
+
+python -m tests.benchmark           (all of them, an hour on 2 cores)
+python -m tests.benchmark speed     (one of speed, time, seeds, workers, search)
 
 Machines are noisy, so programs that are compared take turns, and what counts is the ratio of medians.
 """
 
+import json
 import logging
 import os
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,22 +27,106 @@ import torch
 import torch.nn.functional as F
 from pytorch_lightning.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.loggers import TensorBoardLogger
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, random_split
 from torchvision.datasets import MNIST
 from torchvision.transforms import Compose, Normalize, ToTensor
 
 import common.study
 import sweep
-from common.callbacks import GradientHistogramCallback, MetricsCallback
+from common.callbacks import GradientHistogramCallback, MetricsCallback, TestPicturesCallback
 from common.classifier import Classifier
-from common.data import MEAN, STD, MNISTDataModule
+from common.data import DATA_DIR, MEAN, STD, TRAIN_SIZE, VAL_SIZE, MNISTDataModule, random_affine
 from common.model import MLP
 from common.study import run_trial
+from tests.conftest import ROOT, read_events
 
-ROOT = Path(__file__).parent.parent
-DATA, README = str(ROOT / "data"), ROOT / "README.md"
+PAGES = [ROOT / "README.md", ROOT / "docs/speed.md"]
 BATCH_SIZE = 512
 WARM_UP = 5
+EPOCHS = 10
+SEEDS = range(1, 6)
+# Seeds whose trials are run once more without pruning and early stopping, which takes long.
+FULL_LENGTH = (1, 2)
+
+
+class UsualClassifier(Classifier):
+    """The same model as it is usually trained: Adam, ReLU, no schedule, no label smoothing."""
+
+    def __init__(self, activation: str = "relu", label_smoothing: float = 0.0) -> None:
+        super().__init__(MLP(activation=activation), 1e-3, 0.0, label_smoothing)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=self.hparams.learning_rate)
+
+
+class UnfusedClassifier(Classifier):
+    """The Lightning module of `main.py`, with the optimizer as it is usually written."""
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        chosen = super().configure_optimizers()
+        for group in chosen["optimizer"].param_groups:
+            group["fused"] = False
+        return chosen
+
+
+class UsualDataModule(pl.LightningDataModule):
+    """The data as nearly every example reads it: torchvision's transforms for each image."""
+
+    def __init__(self, batch_size: int, num_workers: int = 0) -> None:
+        super().__init__()
+        self.options = {"batch_size": batch_size, "num_workers": num_workers, "persistent_workers": num_workers > 0}
+
+    def setup(self, stage: str) -> None:
+        transform = Compose([ToTensor(), Normalize((MEAN,), (STD,))])
+        whole = MNIST(DATA_DIR, transform=transform)
+        split = torch.Generator().manual_seed(0)
+        self.train_set, self.val_set = random_split(whole, [TRAIN_SIZE, VAL_SIZE], generator=split)
+        self.test_set = MNIST(DATA_DIR, train=False, transform=transform)
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(self.train_set, shuffle=True, **self.options)
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(self.val_set, **self.options)
+
+    def test_dataloader(self) -> DataLoader:
+        return DataLoader(self.test_set, **self.options)
+
+
+# What runs
+
+
+def command(*arguments: str, **environment: str) -> float:
+    """Seconds of wall time of a Python command."""
+    start = time.perf_counter()
+    subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=os.environ | environment, check=True, capture_output=True
+    )
+    return time.perf_counter() - start
+
+
+def alternate(rounds: int, programs: dict[str, Callable[[], float]]) -> dict[str, float]:
+    """Runs the programs in turns and returns the median of each."""
+    times = {name: [] for name in programs}
+    for _ in range(rounds):
+        for name, program in programs.items():
+            times[name].append(program())
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def publish(mark: str, header: str, rows: list[str]) -> None:
+    """Prints a table and puts it between its marks in the page that has them."""
+    columns = header.count("|") - 1
+    lines = [header, "|" + " --- |" * columns, *rows]
+    print("\n" + "\n".join(lines))
+    for page in PAGES:
+        text = page.read_text()
+        if f"<!-- {mark} -->\n" in text:
+            start, end = text.index(f"<!-- {mark} -->\n"), text.index(f"<!-- /{mark} -->")
+            page.write_text(f"{text[:start]}<!-- {mark} -->\n" + "\n".join(lines) + f"\n{text[end:]}")
+
+
+# Speed: milliseconds of a step
 
 
 class StepTimer(pl.Callback):
@@ -53,77 +143,61 @@ class StepTimer(pl.Callback):
         self.last = now
 
 
-class UsualClassifier(Classifier):
-    """The same model and loss with the optimizer as it is usually written."""
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=self.hparams.learning_rate)
-
-
-def usual_loader(train: bool = True) -> DataLoader:
-    """The data as nearly every example reads it."""
-    dataset = MNIST(DATA, train=train, transform=Compose([ToTensor(), Normalize((MEAN,), (STD,))]))
-    return DataLoader(dataset, batch_size=BATCH_SIZE, shuffle=train)
-
-
-def usual_example(epochs: int) -> None:
-    """What a reader would run otherwise: train, then test."""
-    classifier = UsualClassifier(MLP())
-    trainer = pl.Trainer(max_epochs=epochs, accelerator="cpu", default_root_dir=tempfile.mkdtemp())
-    trainer.fit(classifier, usual_loader())
-    trainer.test(classifier, usual_loader(train=False))
-
-
-def lightning_step(classifier: pl.LightningModule, data: object, steps: int, **options) -> float:
-    """Seconds of a step under Lightning's Trainer."""
+def lightning_step(classifier: pl.LightningModule, data: pl.LightningDataModule, steps: int = 216, **options) -> float:
+    """Seconds of a step under Lightning's Trainer, without logger, bar and checkpoints unless `options` say so."""
     timer = StepTimer()
-    callbacks = [timer, *options.pop("callbacks", [])]
-    trainer = pl.Trainer(
-        max_steps=steps,
-        accelerator="cpu",
-        callbacks=callbacks,
-        enable_model_summary=False,
-        limit_val_batches=0,
-        **options,
-    )
-    trainer.fit(classifier, data)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    options = quiet | {"limit_val_batches": 0, "enable_model_summary": False} | options
+    options["callbacks"] = [timer, *options.get("callbacks", [])]
+    pl.Trainer(max_steps=steps, accelerator="cpu", **options).fit(classifier, data)
     return timer.total / timer.steps
 
 
-def usual_step() -> float:
-    """Seconds of a step of the usual example, without bar or logger."""
-    return lightning_step(
-        UsualClassifier(MLP()), usual_loader(), 30, logger=False, enable_progress_bar=False, enable_checkpointing=False
-    )
+class BarebonesClassifier(Classifier):
+    """Times itself, because `barebones=True` allows neither callbacks nor self.log."""
+
+    timer = None
+
+    def log(self, *arguments, **options) -> None:
+        pass
+
+    def on_train_batch_end(self, outputs, batch, batch_idx: int) -> None:
+        self.timer.on_train_batch_end(None, self, outputs, batch, batch_idx)
 
 
-def our_step(data: MNISTDataModule, callbacks: bool) -> float:
-    """Seconds of a step as `main.py` takes it, over two epochs, with its bar and logger; callbacks on or off."""
+def barebones_step(data: MNISTDataModule) -> float:
+    classifier = BarebonesClassifier(MLP())
+    classifier.timer = StepTimer()
+    pl.Trainer(max_steps=216, accelerator="cpu", barebones=True).fit(classifier, data)
+    return classifier.timer.total / classifier.timer.steps
+
+
+def our_step(data: MNISTDataModule) -> float:
+    """Seconds of a step as `main.py` takes it, with its callbacks, bar and logger."""
     folder = tempfile.mkdtemp()
-    chosen = [TQDMProgressBar(refresh_rate=20)]
-    if callbacks:
-        chosen += [MetricsCallback(), GradientHistogramCallback(), LearningRateMonitor(logging_interval="step")]
-        chosen += [EarlyStopping(monitor="accuracy/train"), ModelCheckpoint(folder, monitor="accuracy/train")]
-    return lightning_step(
-        Classifier(MLP()),
-        data,
-        2 * 108,
-        callbacks=chosen,
-        logger=TensorBoardLogger(folder),
-        enable_checkpointing=callbacks,
-        log_every_n_steps=20,
-    )
+    callbacks = [
+        MetricsCallback(),
+        TestPicturesCallback(),
+        GradientHistogramCallback(),
+        LearningRateMonitor(logging_interval="step"),
+        EarlyStopping(monitor="accuracy/train"),
+        ModelCheckpoint(folder, monitor="accuracy/train"),
+        TQDMProgressBar(refresh_rate=20),
+    ]
+    loud = {"logger": TensorBoardLogger(folder), "enable_progress_bar": True, "enable_checkpointing": True}
+    return lightning_step(Classifier(MLP()), data, callbacks=callbacks, log_every_n_steps=20, **loud)
 
 
-def bare_step(data: MNISTDataModule) -> float:
+def bare_step(data: MNISTDataModule, augment: bool) -> float:
     """Seconds of a step of a loop in plain PyTorch over the same tensors."""
     images, labels = data.train_set.images, data.train_set.labels
-    model, steps, step = MLP(), 2 * 108, 0
+    model, steps, step = MLP(), 216, 0
     optimizer = torch.optim.AdamW(model.parameters(), lr=6e-3, weight_decay=0.05, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=6e-3, total_steps=steps)
     while step < steps:
         for indices in torch.randperm(len(labels)).split(BATCH_SIZE):
-            loss = F.cross_entropy(model(images[indices]), labels[indices], label_smoothing=0.1)
+            batch = random_affine(images[indices]) if augment else images[indices]
+            loss = F.cross_entropy(model(batch), labels[indices], label_smoothing=0.1)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -134,30 +208,123 @@ def bare_step(data: MNISTDataModule) -> float:
     return (time.perf_counter() - start) / (step - WARM_UP)
 
 
-def command(*arguments: str, **environment: str) -> float:
-    """Seconds of wall time of a Python command."""
-    start = time.perf_counter()
-    subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env=os.environ | environment, check=True, capture_output=True
+def speed() -> None:
+    """A ladder from the usual example to `main.py`, one change at a time."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    plain, augmented = MNISTDataModule(augment=False), MNISTDataModule()
+    for data in (plain, augmented):
+        data.prepare_data()
+        data.setup("fit")
+    ms = alternate(
+        3,
+        {
+            "usual example": lambda: lightning_step(UsualClassifier(), UsualDataModule(BATCH_SIZE), 30),
+            "usual example, 2 workers": lambda: lightning_step(UsualClassifier(), UsualDataModule(BATCH_SIZE, 2), 60),
+            "images as tensors, one index a batch": lambda: lightning_step(UnfusedClassifier(MLP()), plain),
+            "fused optimizer": lambda: lightning_step(Classifier(MLP()), plain),
+            "augmentation on the device": lambda: lightning_step(Classifier(MLP()), augmented),
+            "callbacks, logger and bar: `main.py`": lambda: our_step(augmented),
+            "Lightning with `barebones=True`, augmented": lambda: barebones_step(augmented),
+            "bare PyTorch loop, augmented": lambda: bare_step(augmented, augment=True),
+            "bare PyTorch loop, not augmented": lambda: bare_step(plain, augment=False),
+        },
     )
-    return time.perf_counter() - start
+    ours = ms["callbacks, logger and bar: `main.py`"]
+    rows = [f"| {name} | {value * 1e3:.1f} ms | {value / ours:.2f} |" for name, value in ms.items()]
+    publish("speed", "| a step of 512 images | time | ratio |", rows)
 
 
-def alternate(rounds: int, **programs: Callable[[], float]) -> dict[str, float]:
-    """Runs the programs in turns and returns the median of each."""
-    times = {name: [] for name in programs}
-    for _ in range(rounds):
-        for name, program in programs.items():
-            times[name].append(program())
-    return {name: statistics.median(values) for name, values in times.items()}
+# Accuracy, and the time to it
 
 
-def publish(mark: str, rows: list[str]) -> None:
-    """Prints a table and puts it between its marks in the README."""
-    print("\n" + "\n".join(rows))
-    text = README.read_text()
-    start, end = text.index(f"<!-- {mark} -->\n"), text.index(f"<!-- /{mark} -->")
-    README.write_text(f"{text[:start]}<!-- {mark} -->\n" + "\n".join(rows) + f"\n{text[end:]}")
+def reference(name: str, folder: str, epochs: int = EPOCHS) -> None:
+    """Trains one rung of the ladder of accuracy; started as a program of its own, so that imports count."""
+    pl.seed_everything(1, verbose=False)
+    batch_size = 64 if name == "batches of 64" else BATCH_SIZE
+    usual = name.startswith("batches")
+    classifier = UsualClassifier() if usual else Classifier(MLP())
+    in_memory = name in ("images as tensors", "augmentation")
+    data = MNISTDataModule(augment=name == "augmentation") if in_memory else UsualDataModule(batch_size)
+    trainer = pl.Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        logger=TensorBoardLogger(folder, name="main", version=0),
+        callbacks=[MetricsCallback(), ModelCheckpoint(monitor="accuracy/val", mode="max")],
+    )
+    trainer.fit(classifier, data)
+    trainer.test(ckpt_path="best", datamodule=data, weights_only=True)
+
+
+def curve(*arguments: str, folder: str) -> tuple[dict[float, float], float]:
+    """Seconds from the start of a command to each validation accuracy, and its test accuracy."""
+    start = time.time()
+    command(*arguments)
+    events = read_events(Path(folder, "main/version_0"))
+    reached = {event.value: event.wall_time - start for event in reversed(events.Scalars("accuracy/val"))}
+    return reached, events.Scalars("accuracy/test")[0].value
+
+
+def to_accuracy() -> None:
+    """Test accuracy after ten epochs, and seconds until the validation accuracy is first so high."""
+    programs = {
+        "usual example, batches of 64": "batches of 64",
+        "usual example, batches of 512": "batches of 512",
+        "one-cycle schedule, GELU, AdamW, label smoothing": "schedule",
+        "images as tensors": "images as tensors",
+        "augmentation on the device": "augmentation",
+    }
+    rows = []
+    for shown, name in [*programs.items(), ("`main.py`", None)]:
+        folder = tempfile.mkdtemp()
+        if name:
+            call = f"from tests.benchmark import reference; reference({name!r}, {folder!r})"
+            reached, test = curve("-c", call, folder=folder)
+        else:
+            reached, test = curve("main.py", "--seed", "1", "--log_dir", folder, folder=folder)
+        cells = []
+        for goal in (0.975, 0.98, 0.985, 0.99):
+            seconds = [second for accuracy, second in reached.items() if accuracy >= goal]
+            cells.append(f"{min(seconds):.0f} s" if seconds else "never")
+        rows.append(f"| {shown} | {test:.2%} | {' | '.join(cells)} |")
+    publish("time", "| ten epochs | test accuracy | to 97.5 % | to 98 % | to 98.5 % | to 99 % |", rows)
+
+
+def run_main(*options: str) -> tuple[float, float]:
+    """Test accuracy and seconds of `main.py`."""
+    start = time.perf_counter()
+    words = [sys.executable, "main.py", "--log_dir", tempfile.mkdtemp(), *options]
+    printed = subprocess.run(words, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    return float(re.search(r"test accuracy +([\d.]+)%", printed)[1]), time.perf_counter() - start
+
+
+def seeds() -> None:
+    """Test accuracy of the default run over five seeds, and its time beside three epochs of the usual example."""
+    runs = [run_main("--seed", str(seed)) for seed in SEEDS]
+    call = f"from tests.benchmark import reference; reference('batches of 512', {tempfile.mkdtemp()!r}, epochs=3)"
+    usual = command("-c", call)
+    accuracies, times = [run[0] for run in runs], [run[1] for run in runs]
+    mean, deviation, ours = statistics.mean(accuracies), statistics.stdev(accuracies), statistics.median(times)
+    publish(
+        "seeds",
+        "| program | test accuracy | time | ratio |",
+        [
+            f"| `main.py`, 10 epochs, seeds 1 to 5 | {mean:.2f} % ± {deviation:.2f} | {ours:.0f} s | 1.00 |",
+            f"| usual example, 3 epochs | | {usual:.0f} s | {usual / ours:.2f} |",
+        ],
+    )
+
+
+def long() -> None:
+    """What `main.py` reaches by options alone within one, three and ten minutes."""
+    rows = []
+    for epochs in ("25", "85", "280"):
+        options = ["--max_epochs", epochs, "--learning_rate", "0.004", "--patience", epochs]
+        accuracy, seconds = run_main("--seed", "1", *options)
+        rows.append(f"| `python main.py {' '.join(options)}` | {accuracy:.2f} % | {seconds / 60:.1f} minutes |")
+    publish("long", "| command | test accuracy | time |", rows)
+
+
+# Studies
 
 
 def open_study(storage: str, max_epochs: int) -> optuna.Study:
@@ -173,11 +340,10 @@ def random_trials(count: int) -> list[dict[str, Any]]:
     return [trial.params for trial in trials]
 
 
-def parallel_sweep(workers: int, threads: int) -> tuple[float, float]:
-    """Trials a minute while all workers are busy, and seconds of the whole command, of a sweep of 24 given trials.
+def parallel_sweep(workers: int, threads: int) -> float:
+    """Trials a minute while all workers are busy, of a sweep of 24 given trials of one epoch.
 
-    The workers share the threads. Each trial has one epoch: so the pruner shortens none, and whoever runs them, they
-    are the same trials.
+    The workers share the threads. The pruner shortens no trial of one epoch, so they are the same for all.
     """
     folder = tempfile.mkdtemp()
     Path(folder, "sweep").mkdir()
@@ -185,30 +351,22 @@ def parallel_sweep(workers: int, threads: int) -> tuple[float, float]:
     for params in random_trials(24):
         study.enqueue_trial(params)
     options = ("--n_trials", "24", "--max_epochs", "1", "--workers", str(workers), "--log_dir", folder)
-    seconds = command("sweep.py", *options, OMP_NUM_THREADS=str(threads))
+    command("sweep.py", *options, OMP_NUM_THREADS=str(threads))
     # A worker's first trial pays for imports and loading, and after the last start the others run out of work.
     starts = sorted(trial.datetime_start for trial in study.trials)[4:]
-    return 60 * (len(starts) - 1) / (starts[-1] - starts[0]).total_seconds(), seconds
+    return 60 * (len(starts) - 1) / (starts[-1] - starts[0]).total_seconds()
 
 
-class TimedDataModule(MNISTDataModule):
-    """Adds up the seconds that loading takes, and notes what share of each trial they are."""
-
-    def __init__(self, data_dir: str) -> None:
-        super().__init__(data_dir)
-        self.loading, self.shares = 0.0, []
-
-    def setup(self, stage: str) -> None:
-        start = time.perf_counter()
-        super().setup(stage)
-        self.loading += time.perf_counter() - start
-
-    def note_share(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
-        self.shares.append(self.loading / trial.duration.total_seconds())
-        self.loading = 0.0
+def workers() -> None:
+    """Measures what a second worker does for a sweep, and what a second thread does."""
+    names = {(1, 1): "1 worker of 1 thread", (1, 2): "1 worker of 2 threads", (2, 2): "2 workers of 1 thread"}
+    rates = alternate(2, {name: partial(parallel_sweep, *chosen) for chosen, name in names.items()})
+    base = rates["1 worker of 2 threads"]
+    rows = [f"| {name} | {rate:.1f} trials a minute | {rate / base:.2f} |" for name, rate in rates.items()]
+    publish("workers", "| sweep of 24 trials | speed | ratio |", rows)
 
 
-def search(data: TimedDataModule, seed: int, at_full_length: list[dict[str, Any]] | None = None) -> optuna.Study:
+def run_study(seed: int, at_full_length: list[dict[str, Any]] | None = None) -> optuna.Study:
     """A study of 20 trials as `sweep.py --seed` runs it, or of given trials without pruning and early stopping."""
     folder = tempfile.mkdtemp()
     study = open_study(f"sqlite:///{folder}/optuna.db", max_epochs=5)
@@ -218,103 +376,44 @@ def search(data: TimedDataModule, seed: int, at_full_length: list[dict[str, Any]
         options["patience"] = options["max_epochs"]
     for params in at_full_length or []:
         study.enqueue_trial(params)
-    objective = partial(sweep.objective, data=data, **options)
+    objective = partial(sweep.objective, data=MNISTDataModule(seed=seed), **options)
     run_next = partial(run_trial, objective=objective, n_trials=20, seed=seed, baseline=sweep.BASELINE)
-    study.optimize(run_next, n_trials=20, catch=Exception, callbacks=[data.note_share])
+    study.optimize(run_next, n_trials=20, catch=Exception)
     return study
 
 
-def workers() -> None:
-    """Measures what a second worker does for a sweep, and what a second thread does."""
-    runs = {(1, 1): [], (1, 2): [], (2, 2): []}
-    for chosen in list(runs) * 3:
-        runs[chosen].append(parallel_sweep(*chosen))
-    rate, wall = ({chosen: statistics.median(run[i] for run in runs[chosen]) for chosen in runs} for i in (0, 1))
-    names = {(1, 1): "1 worker of 1 thread", (1, 2): "1 worker of 2 threads", (2, 2): "2 workers of 1 thread"}
-    publish(
-        "workers",
-        [
-            "| sweep of 24 trials | all at work | ratio | with start and end | ratio |",
-            "| --- | --- | --- | --- | --- |",
-            *(
-                f"| {name} | {rate[chosen]:.1f} trials a minute | {rate[chosen] / rate[1, 2]:.2f}"
-                f" | {wall[chosen]:.0f} s | {wall[chosen] / wall[1, 2]:.2f} |"
-                for chosen, name in names.items()
-            ),
-        ],
-    )
+def one_search(seed: int) -> dict[str, float]:
+    """Accuracies of a study, and its steps beside those of the same trials at full length."""
+    pruned = run_study(seed)
+    found = {"baseline": pruned.trials[0].value, "best": pruned.best_value}
+    if seed in FULL_LENGTH:
+        full = run_study(seed, at_full_length=[trial.params for trial in pruned.trials])
+        steps, all_steps = (sum(trial.user_attrs.get("steps", 0) for trial in study.trials) for study in (pruned, full))
+        found |= {"best at full length": full.best_value, "ratio": steps / all_steps}
+    return found
 
 
-def pruning() -> None:
-    """Measures what pruning, early stopping and shared data do for a sweep."""
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    data = TimedDataModule(DATA)
-    data.prepare_data()
-    data.setup("fit")  # a worker's first trial pays for this
-    data.loading = 0.0
-    pruned, full = [], []
-    for seed in (42, 43):
-        pruned.append(search(data, seed))
-        full.append(search(data, seed, at_full_length=[trial.params for trial in pruned[-1].trials]))
-    steps, all_steps = (
-        sum(trial.user_attrs.get("steps", 0) for study in studies for trial in study.trials)
-        for studies in (pruned, full)
-    )
-    best, all_best = (statistics.mean(study.best_value for study in studies) for studies in (pruned, full))
-    publish(
-        "pruning",
-        [
-            "| two studies of 20 trials | training steps | ratio | best validation accuracy, mean |",
-            "| --- | --- | --- | --- |",
-            f"| at full length | {all_steps} | 1.00 | {all_best:.2%} |",
-            f"| pruned and stopped early | {steps} | {steps / all_steps:.2f} | {best:.2%} |",
-        ],
-    )
-    print(f"loading takes at most {max(data.shares):.1%} of a trial")
+def search() -> None:
+    """Measures what a search finds from the baseline on, and what pruning and early stopping save."""
+    code = "import sys, json, torch; torch.set_num_threads(1); from tests.benchmark import one_search;"
+    code += "print('result', json.dumps(one_search(int(sys.argv[1]))))"
 
+    def run(seed: int) -> dict[str, float]:
+        words = [sys.executable, "-c", code, str(seed)]
+        printed = subprocess.run(words, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+        return json.loads(re.search(r"result (.+)", printed)[1])
 
-def steps() -> None:
-    """Measures what a training step and a whole run take, ours and others'."""
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    data = MNISTDataModule(DATA, BATCH_SIZE)
-    data.prepare_data()
-    data.setup("fit")
-
-    step = alternate(
-        5,
-        usual=usual_step,
-        bare=lambda: bare_step(data),
-        ours=lambda: our_step(data, callbacks=True),
-        without=lambda: our_step(data, callbacks=False),
-    )
-    logs = tempfile.mkdtemp()
-    whole = alternate(
-        3,
-        usual=lambda: command("-c", "from tests.benchmark import usual_example; usual_example(3)"),
-        ours=lambda: command("main.py", "--log_dir", logs),
-    )
-    of_step = {
-        "usual example, a step": step["usual"],
-        "bare PyTorch loop, a step": step["bare"],
-        "`main.py` without our callbacks, a step": step["without"],
-        "`main.py`, a step": step["ours"],
-    }
-    of_run = {
-        "usual example, 3 epochs and test": whole["usual"],
-        "`main.py`, 10 epochs and test": whole["ours"],
-    }
-    publish(
-        "steps",
-        [
-            "| program | time | ratio |",
-            "| --- | --- | --- |",
-            *(f"| {name} | {time * 1e3:.1f} ms | {time / step['ours']:.2f} |" for name, time in of_step.items()),
-            *(f"| {name} | {time:.1f} s | {time / whole['ours']:.2f} |" for name, time in of_run.items()),
-        ],
-    )
+    with ThreadPoolExecutor(2) as pool:  # only accuracies and steps count here, and no time
+        results = dict(zip(SEEDS, pool.map(run, SEEDS), strict=True))
+    rows = []
+    for seed, found in results.items():
+        compared = f"{found['best at full length']:.2%} | {found['ratio']:.2f}" if "ratio" in found else " | "
+        rows.append(f"| {seed} | {found['baseline']:.2%} | {found['best']:.2%} | {compared} |")
+    header = "| seed | baseline | best of 20 trials | best at full length | steps, ratio to full length |"
+    publish("search", header, rows)
 
 
 if __name__ == "__main__":
-    steps()
-    workers()
-    pruning()
+    tables = {"speed": speed, "time": to_accuracy, "seeds": seeds, "long": long, "workers": workers, "search": search}
+    for name in sys.argv[1:] or tables:
+        tables[name]()

@@ -5,15 +5,10 @@ import inspect
 import os
 import re
 import shlex
-import shutil
 import signal
-import socket
 import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 
 import optuna
@@ -23,12 +18,14 @@ from optuna.storages import RetryHeartbeatStaleTrialCallback
 from optuna.trial import TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
+from common.classifier import Classifier
 from common.data import MNISTDataModule, TensorBatches
+from common.report import draw_intermediate_values
 from common.study import run_trial
 from main import main
 from sweep import BASELINE, objective, suggest_hyperparameters
 from sweep import main as sweep
-from tests.conftest import DATA, ROOT, assert_one_line_error, read_events
+from tests.conftest import DATA, assert_one_line_error, read_events, start_script
 
 SHORT = ("--max_epochs", 1)
 
@@ -46,10 +43,26 @@ def finished(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
     return [trial for trial in study.trials if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)]
 
 
-def test_baseline_is_what_main_does_unasked():
-    parameters = inspect.signature(main).parameters
-    chosen = suggest_hyperparameters(optuna.trial.FixedTrial(BASELINE))
-    assert chosen == {name: parameters[name].default for name in chosen}
+def test_baseline_is_a_point_of_the_search_space_whose_keys_are_options_of_main():
+    trial = optuna.trial.FixedTrial(BASELINE)
+    chosen = suggest_hyperparameters(trial)
+    assert trial.params == BASELINE
+    assert chosen.keys() <= inspect.signature(main).parameters.keys()
+
+
+def test_picture_tells_pruned_trials_from_complete_ones_and_shows_the_best():
+    study = optuna.create_study(direction="maximize")
+    for number, accuracy in enumerate((0.95, 0.97, 0.93)):
+        trial = study.ask()
+        for epoch in range(3):
+            trial.report(accuracy + epoch / 100, step=epoch)
+        study.tell(trial, *([accuracy + 0.02] if number < 2 else [None, TrialState.PRUNED]))
+    [axis] = draw_intermediate_values(study).axes
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["complete", "best, trial 1", "pruned"]
+    assert len({(line.get_color(), line.get_linestyle()) for line in axis.get_lines()}) == 3
+    axis.figure.canvas.draw()
+    assert {label.get_text() for label in axis.get_xticklabels()} >= {"1", "2", "3"}
+    assert all(tick == int(tick) for tick in axis.get_xticks())
 
 
 def test_neighbouring_seeds_search_elsewhere(data: MNISTDataModule, tmp_path: Path):
@@ -92,10 +105,15 @@ def test_study_is_reproducible_continued_and_reported(script, tmp_path: Path):
     best = load(sqlite(tmp_path)).best_trial
     assert re.search(rf"^ +{best.number} +{best.value:.2%} ", second.stdout, flags=re.MULTILINE)
     assert re.search(rf"test accuracy of trial {best.number}: \d\d\.\d\d%", second.stdout)
+    assert f"baseline {trials[0].value:.1%} -> best {best.value:.1%}" in second.stdout
+    path = re.search(r'to load it: +Classifier.load_from_checkpoint\("(.+)", weights_only=True\)', second.stdout)[1]
+    assert Classifier.load_from_checkpoint(tmp_path / path, weights_only=True)
     # One run per trial, with its hyperparameters and its final metric in the HParams tab.
     events = read_events(folder / f"trial_{best.number}")
     assert events.Scalars("accuracy/best")[0].value == pytest.approx(best.value)
-    assert b"hidden_sizes" in events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    hparams = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    assert b"hidden_sizes" in hparams
+    assert b"pruned" in hparams
 
     command = shlex.split(re.search(r"full length: +python (.+)", second.stdout)[1])
     full = script(command[0], *command[1:], "--fast_dev_run")
@@ -103,14 +121,9 @@ def test_study_is_reproducible_continued_and_reported(script, tmp_path: Path):
 
 
 def test_two_workers_keep_the_total_exactly(script, tmp_path: Path):
-    result = script("sweep.py", "--n_trials", 5, "--workers", 2, *SHORT)
+    result = script("sweep.py", "--n_trials", 3, "--workers", 2, *SHORT)
     assert result.returncode == 0, result.stderr
-    study = load(sqlite(tmp_path))
-    assert len(finished(study)) == 5
-    assert all(trial.user_attrs.get("extra") for trial in study.trials if trial.state == TrialState.FAIL)
-    # Both worked: some trial started before the one before it had ended.
-    trials = sorted(finished(study), key=lambda trial: trial.datetime_start)
-    assert any(later.datetime_start < earlier.datetime_complete for earlier, later in pairwise(trials))
+    assert len(finished(load(sqlite(tmp_path)))) == 3
 
 
 def test_workers_share_the_threads(tmp_path: Path):
@@ -122,61 +135,67 @@ def test_workers_share_the_threads(tmp_path: Path):
         torch.set_num_threads(1)
 
 
-@pytest.fixture
-def postgresql(tmp_path: Path) -> Iterator[str]:
-    """The URL of a server of our own on loopback, in a folder of its own."""
-    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
-    if not programs or not shutil.which("runuser"):
-        pytest.skip("no PostgreSQL server is installed (Debian: apt-get install postgresql)")
-    folder = Path("/tmp") / f"pg-{os.getpid()}"  # a short path: a socket's may have 107 characters
-    folder.mkdir()
-    # The server refuses to run as root.
-    become = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
-    if become:
-        shutil.chown(folder, "postgres")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def child_of(process: subprocess.Popen) -> int:
+    """The second worker, once there is one."""
+    while True:
+        assert process.poll() is None, process.stderr.read()
+        found = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "spawn_main"], capture_output=True, text=True)
+        if found.stdout:
+            return int(found.stdout)
+        time.sleep(0.05)
 
-    def run(program: str, *options: str) -> None:
-        subprocess.run([*become, programs[-1] / program, *options], check=True, capture_output=True, cwd="/")
 
-    run("initdb", "-D", f"{folder}/data", "-A", "trust", "-U", "sweep")
-    server = f"-p {port} -h 127.0.0.1 -k {folder}"
-    run("pg_ctl", "-D", f"{folder}/data", "-w", "-l", f"{folder}/log", "-o", server, "start")
-    try:
-        yield f"postgresql+psycopg://sweep@127.0.0.1:{port}/postgres"
-    finally:
-        run("pg_ctl", "-D", f"{folder}/data", "-w", "-m", "immediate", "stop")
-        shutil.rmtree(folder)
+def wait_for_two(process: subprocess.Popen, storage: str) -> list[optuna.trial.FrozenTrial]:
+    """Waits for a running trial of each worker."""
+    while True:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.2)
+        with contextlib.suppress(KeyError, SQLAlchemyError):  # the study, or even its tables, are still to come
+            running = [trial for trial in load(storage).trials if trial.state == TrialState.RUNNING]
+            if len(running) == 2:
+                return running
+
+
+def retried(study: optuna.Study) -> list[int]:
+    numbers = map(RetryHeartbeatStaleTrialCallback.retried_trial_number, study.trials)
+    return [number for number in numbers if number is not None]
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
 def test_trial_of_a_killed_worker_is_run_again(kind: str, tmp_path: Path, request: pytest.FixtureRequest):
     storage = f"sqlite:///{tmp_path}/study.db" if kind == "sqlite" else request.getfixturevalue("postgresql")
-    command = [sys.executable, str(ROOT / "sweep.py"), "--storage", storage]
-    options = ["--n_trials", "4", "--workers", "2", "--max_epochs", "2"]
-    sweeping = subprocess.Popen([*command, *options], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    running = []
-    while len(running) < 2:  # one trial for each worker, so that the child has one to lose
-        assert sweeping.poll() is None, sweeping.stdout.read().decode()
-        time.sleep(0.2)
-        try:
-            running = [trial for trial in load(storage).trials if trial.state == TrialState.RUNNING]
-        except (KeyError, SQLAlchemyError):
-            continue  # the study, or even its tables, are still to come
-    [child] = subprocess.check_output(["pgrep", "-P", str(sweeping.pid), "-f", "spawn_main"], text=True).split()
-    os.kill(int(child), signal.SIGKILL)
-    output, _ = sweeping.communicate(timeout=300)
-    assert sweeping.returncode == 0, output.decode()
+    options = ["--storage", storage, "--n_trials", "3", "--workers", "2", "--max_epochs", "1"]
+    sweeping = start_script(tmp_path, "sweep.py", *options)
+    running = wait_for_two(sweeping, storage)  # one for each, so that the child has one to lose
+    os.kill(child_of(sweeping), signal.SIGKILL)
+    _, errors = sweeping.communicate(timeout=300)
+    assert sweeping.returncode == 0, errors
 
     study = load(storage)
-    assert len(finished(study)) == 4
-    [lost] = [trial for trial in study.trials if trial.state == TrialState.FAIL and "extra" not in trial.user_attrs]
-    assert lost.number in {trial.number for trial in running}
-    retries = [t for t in study.trials if RetryHeartbeatStaleTrialCallback.retried_trial_number(t) == lost.number]
-    assert [retry.state.is_finished() for retry in retries] == [True]
-    assert lost.params.items() <= retries[0].params.items()
+    assert len(finished(study)) == 3
+    [number] = retried(study)
+    assert number in {trial.number for trial in running}
+    [retry] = [t for t in study.trials if RetryHeartbeatStaleTrialCallback.retried_trial_number(t) == number]
+    assert study.trials[number].state == TrialState.FAIL
+    assert retry.state.is_finished()
+    assert study.trials[number].params.items() <= retry.params.items()
+
+
+def test_worker_that_was_stopped_goes_on(tmp_path: Path):
+    storage = f"sqlite:///{tmp_path}/study.db"
+    options = ["--storage", storage, "--n_trials", "3", "--workers", "2", "--max_epochs", "1"]
+    sweeping = start_script(tmp_path, "sweep.py", *options)
+    wait_for_two(sweeping, storage)
+    time.sleep(0.5)
+    os.kill(sweeping.pid, signal.SIGSTOP)  # the child was tried by hand
+    # Longer than the other one waits for it, without a look at the database: it may have been stopped in a transaction.
+    time.sleep(20)
+    os.kill(sweeping.pid, signal.SIGCONT)
+    output, errors = sweeping.communicate(timeout=300)
+    assert sweeping.returncode == 0, errors
+    assert "Traceback" not in errors
+    assert "full length:" in output
+    assert len(finished(load(storage))) == 3
 
 
 def test_hopeless_trials_are_pruned_and_broken_ones_recorded(script, tmp_path: Path):
@@ -217,21 +236,45 @@ def test_trial_on_two_processes_is_pruned_on_both(script, tmp_path: Path):
     assert pruned.user_attrs["steps"] == 27  # one of five epochs of 55,000 images on 2 processes
 
 
-def test_interrupt_ends_with_the_results_so_far(tmp_path: Path):
-    command = [sys.executable, str(ROOT / "sweep.py"), "--n_trials", "50", "--max_epochs", "1"]
-    sweeping = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    done = 0
-    while done < 2:
+@pytest.mark.parametrize("done", [0, 2])
+def test_interrupt_ends_all_workers_with_the_results_so_far(done: int, tmp_path: Path):
+    sweeping = start_script(tmp_path, "sweep.py", "--n_trials", 50, "--max_epochs", 1, "--workers", 2)
+    child_of(sweeping)
+    time.sleep(0.3)  # the child imports, the first process is about to start a trial
+    while done and len(finished(load(sqlite(tmp_path)))) < done:
         assert sweeping.poll() is None, sweeping.stderr.read()
         time.sleep(0.2)
-        with contextlib.suppress(KeyError, SQLAlchemyError):
-            done = len(finished(load(sqlite(tmp_path))))
-    sweeping.send_signal(signal.SIGINT)
+    os.killpg(sweeping.pid, signal.SIGINT)  # as a terminal does
     output, errors = sweeping.communicate(timeout=60)
     assert sweeping.returncode == 0, errors
     assert "Traceback" not in errors
     assert "interrupted; the same command continues the study" in output
-    assert "full length:" in output
+    assert ("full length:" if done else "trials: ") in output
+    assert_group_is_gone(sweeping)
+
+
+def test_interrupted_comparison_shows_what_it_has(tmp_path: Path):
+    comparing = start_script(tmp_path, "initialization.py")
+    # The second run has begun.
+    while len(list(tmp_path.glob("logs/initialization/version_0/tanh/*"))) < 2:
+        assert comparing.poll() is None, comparing.stderr.read()
+        time.sleep(0.1)
+    os.killpg(comparing.pid, signal.SIGINT)
+    output, errors = comparing.communicate(timeout=60)
+    assert comparing.returncode == 0, errors
+    assert "Traceback" not in errors
+    assert "interrupted; the results so far:\n\ntanh" in output
+    assert_group_is_gone(comparing)
+
+
+def assert_group_is_gone(process: subprocess.Popen) -> None:
+    for _ in range(100):
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    pytest.fail("a process was left behind")
 
 
 def interrupted(trial: optuna.Trial) -> float:

@@ -1,0 +1,109 @@
+"""The report on a study: how its trials ended, the best ones as a table, pictures."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import optuna
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+from optuna.importance import PedAnovaImportanceEvaluator
+from optuna.trial import FixedTrial, FrozenTrial, TrialState
+from optuna.visualization import matplotlib as plots
+
+Space = Callable[[optuna.Trial], dict[str, Any]]
+
+
+def report(study: optuna.Study, space: Space, baseline: dict[str, Any], folder: Path) -> FrozenTrial | None:
+    """Prints how the trials ended and the best of them, draws the study, and returns the best trial if there is one.
+
+    `space` turns the parameters that the study has stored back into options of `main.py`.
+    """
+    trials = study.get_trials(deepcopy=False)
+    counts = {state.name.lower(): sum(trial.state == state for trial in trials) for state in TrialState}
+    print("\ntrials: " + ", ".join(f"{count} {state}" for state, count in counts.items() if count))
+    for trial in trials:
+        if "error" in trial.user_attrs:
+            print(f"trial {trial.number} failed: {trial.user_attrs['error']}")
+    complete = sorted((trial for trial in trials if trial.state == TrialState.COMPLETE), key=lambda trial: -trial.value)
+    if not complete:
+        return None
+    best = complete[0]
+    print_table(complete[:5], space)
+    save_pictures(study, folder)
+    print()
+    for trial in complete:
+        if trial.params == baseline:
+            print(f"baseline {trial.value:.1%} -> best {best.value:.1%}")
+    print(f"pictures, logs:   {folder}\nto look at them:  tensorboard --logdir {folder}")
+    print(f"full length:      python main.py {command_line(hyperparameters_of(best, space))}")
+    return best
+
+
+def hyperparameters_of(trial: FrozenTrial, space: Space) -> dict[str, Any]:
+    """The options of `main.py` that a finished trial has tried."""
+    return space(FixedTrial(trial.params))
+
+
+def command_line(hyperparameters: dict[str, Any]) -> str:
+    """The options with which `main.py` trains what the trial trained, to the last digit."""
+    values = {name: str(value).replace(" ", "") for name, value in hyperparameters.items()}
+    return " ".join(f'--{name} "{value}"' if "[" in value else f"--{name} {value}" for name, value in values.items())
+
+
+def print_table(trials: list[FrozenTrial], space: Space) -> None:
+    """Prints a line for each trial, with its numbers rounded."""
+    rows = [["trial", "val accuracy", *hyperparameters_of(trials[0], space)]]
+    for trial in trials:
+        values = hyperparameters_of(trial, space).values()
+        shown = [f"{value:.3g}" if isinstance(value, float) else str(value) for value in values]
+        rows.append([str(trial.number), f"{trial.value:.2%}", *shown])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    print()
+    for row in rows:
+        print("  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)))
+
+
+def save_pictures(study: optuna.Study, folder: Path) -> None:
+    """Saves pictures of the study as PNG files: how the trials went, and what Optuna itself draws."""
+    # Parameters of every trial only: most trials have no third layer.
+    shared = ["learning_rate", "batch_size", "depth", "hidden_size_0", "activation", "dropout", "weight_decay"]
+    pictures = {
+        "intermediate_values": draw_intermediate_values(study),
+        "history": plots.plot_optimization_history(study).figure,
+        "parallel_coordinate": plots.plot_parallel_coordinate(study, params=shared).figure,
+        # Not Optuna's default evaluator, which needs scikit-learn.
+        "importances": plots.plot_param_importances(study, evaluator=PedAnovaImportanceEvaluator()).figure,
+    }
+    for axis in pictures["parallel_coordinate"].axes:
+        axis.grid(False)  # a grid for each parameter would hide the trials
+    for name, figure in pictures.items():
+        figure.set_size_inches(11, 5)
+        figure.savefig(folder / f"{name}.png", dpi=100, bbox_inches="tight")
+        plt.close(figure)
+
+
+def draw_intermediate_values(study: optuna.Study) -> Figure:
+    """Draws the validation accuracy of each trial after each epoch; Optuna's picture does not show how it ended."""
+    figure, axis = plt.subplots()
+    styles = {
+        TrialState.PRUNED: {"color": "gray", "linestyle": "--", "label": "pruned"},
+        TrialState.COMPLETE: {"color": "tab:blue", "label": "complete"},
+    }
+    for trial in study.get_trials(deepcopy=False):
+        if trial.state in styles:
+            epochs = [step + 1 for step in trial.intermediate_values]
+            style = styles[trial.state]
+            if trial.number == study.best_trial.number:
+                style = {"color": "tab:red", "linewidth": 3, "label": f"best, trial {trial.number}", "zorder": 3}
+            axis.plot(epochs, list(trial.intermediate_values.values()), marker=".", **style)
+    # The lines of bad trials may leave the picture, so that the good ones can be told apart.
+    axis.set_ylim(bottom=max(axis.get_ylim()[0], 0.9))
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axis.set(xlabel="epoch", ylabel="validation accuracy")
+    handles, labels = axis.get_legend_handles_labels()
+    axis.legend(dict(zip(labels, handles, strict=True)).values(), dict.fromkeys(labels), loc="lower right")
+    axis.grid(alpha=0.3)
+    return figure
