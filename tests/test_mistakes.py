@@ -1,6 +1,7 @@
-"""The README's common mistakes: each is made here, and its message is the one that the README quotes."""
+"""The common mistakes of the README and docs/: each is made here, and its message is the one that they quote."""
 
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from common.data import MNISTDataModule
 from common.model import MLP
 from tests.conftest import DATA, ROOT
 
-README = " ".join((ROOT / "README.md").read_text().split())
+PAGES = " ".join(" ".join(path.read_text() for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]).split())
 
 
 def short_trainer(max_epochs: int = 1, **options) -> pl.Trainer:
@@ -39,6 +40,33 @@ def batch_size_by_position(folder: Path) -> None:
 def library_type_in_checkpoint(folder: Path) -> None:
     torch.save({"hyper_parameters": {"batch_size": PositiveInt(3)}}, folder / "bad.ckpt")
     torch.load(folder / "bad.ckpt", weights_only=True)
+
+
+def no_super_init(folder: Path) -> None:
+    class Forgetful(pl.LightningModule):
+        def __init__(self) -> None:
+            self.model = MLP()
+
+    Forgetful()
+
+
+def clipping_with_a_fused_optimizer(folder: Path) -> None:
+    class FusedClassifier(Classifier):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.AdamW(self.parameters(), fused=True)
+
+    options = {"precision": "bf16-mixed", "gradient_clip_val": 1.0, "accelerator": "cpu"}
+    short_trainer(**options).fit(FusedClassifier(MLP()), MNISTDataModule(DATA))
+
+
+def shuffled_validation(folder: Path) -> None:
+    class ShuffledDataModule(MNISTDataModule):
+        def val_dataloader(self) -> DataLoader:
+            return DataLoader(self.val_set, batch_size=512, shuffle=True)
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*shuffling enabled")
+        short_trainer().validate(Classifier(MLP()), ShuffledDataModule(DATA))
 
 
 def dict_without_loss(folder: Path) -> None:
@@ -81,6 +109,16 @@ def metrics_left_on_the_cpu(folder: Path) -> None:
     [
         (batch_size_by_position, "more than one `__init__` argument can be passed to its parent's `batch_size=...`"),
         (library_type_in_checkpoint, "Weights only load failed … Unsupported global"),
+        (no_super_init, "cannot assign module before Module.__init__() call"),
+        (
+            clipping_with_a_fused_optimizer,
+            "does not allow for gradient clipping because it performs unscaling of gradients internally",
+        ),
+        (
+            shuffled_validation,
+            "Your `val_dataloader`'s sampler has shuffling enabled, it is strongly recommended that you turn shuffling"
+            " off for val/test dataloaders.",
+        ),
         (dict_without_loss, "when `training_step` returns a dict, the 'loss' key needs to be present"),
         (metric_that_nobody_logs, "conditioned on metric `val/accuracy` which is not available"),
         (longer_run_from_checkpoint, "Tried to step … times. The specified number of total steps is …"),
@@ -89,7 +127,7 @@ def metrics_left_on_the_cpu(folder: Path) -> None:
     ],
 )
 def test_mistake_says_what_the_readme_quotes(mistake: Callable[[Path], None], quoted: str, tmp_path: Path):
-    assert f"*{quoted}*" in README
+    assert f"*{quoted}*" in PAGES
     pattern = ".+".join(re.escape(part.strip()) for part in quoted.split("…"))
     with pytest.raises(Exception, match=f"(?s){pattern}"):
         mistake(tmp_path)
