@@ -1,6 +1,5 @@
 """The report on a study: how its trials ended, the best ones as a table, pictures."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from optuna.importance import PedAnovaImportanceEvaluator
 from optuna.trial import FixedTrial, FrozenTrial, TrialState
 from optuna.visualization import matplotlib as plots
 
-Space = Callable[[optuna.Trial], dict[str, Any]]
+from common.study import Space
 
 
 def report(study: optuna.Study, space: Space, baseline: dict[str, Any], folder: Path) -> FrozenTrial | None:
