@@ -5,8 +5,8 @@ python initialization.py --depth 30 --learning_rate 0.002 --activations "[relu]"
 tensorboard --logdir logs/initialization
 
 Each layer multiplies the variance of the signal by about fan_in * Var(w) times what the activation lets through, and
-that of the gradient by about fan_out * Var(w). Far below 1 both vanish with depth. Far above 1 they explode, or tanh
-saturates.
+that of the gradient by about fan_out * Var(w) times the mean of the activation's squared slope. Where such a factor is
+far below 1, signal or gradient vanish with depth. Where it is far above 1, they explode, or tanh saturates.
 
 Read `run_scheme` first: one training, with callbacks that measure it. Then `main`, which compares all of them.
 docs/initialization.md explains the results.
@@ -45,11 +45,11 @@ def run_scheme(
     scheme: str, model: MLP, data: MNISTDataModule, steps: int, learning_rate: float, folder: Path
 ) -> Result:
     """Gives `model` the weights of one initialization scheme, trains it and returns what was measured on the way."""
-    activation = model.hparams["activation"]
-    # The batch of step 0 too, as the order of the images is a function of seed and epoch.
+    activation = model.arguments["activation"]
+    # The batch that training sees at step 0, as the order depends on seed and epoch alone. lsuv and the theory need it.
     images, _ = next(iter(data.train_dataloader()))
     initialize(model, scheme, images)
-    untrained = deepcopy(model)  # the theory speaks of the first weights
+    untrained = deepcopy(model)  # the theory is of the initial weights, which training changes
 
     recorder, curve = ActivationHistogramCallback(every_n_steps=100), LossCurveCallback()
     trainer = pl.Trainer(
@@ -68,16 +68,17 @@ def run_scheme(
     trainer.fit(classifier, data)
     [validation] = trainer.validate(classifier, data, verbose=False)
 
-    preactivations, gradients = recorder.at_start("preactivation_std"), recorder.at_start("backpropagated_std")
+    preactivations = recorder.at_start("preactivation_std")
+    gradients = recorder.at_start("backpropagated_std")  # of the loss by the pre-activations, not by the weights
     return Result(
         activation=activation,
         scheme=scheme,
         losses=curve.losses,
         accuracy=validation["accuracy/val"],
         activation_stds=recorder.at_start("activation_std"),
-        defects=recorder.at_start(f"activation_{DEFECTS[activation]}"),
+        defects=recorder.at_start(f"activation_{DEFECTS[activation]}"),  # share of dead units or saturated outputs
         measured_stds={"preactivations": preactivations, "gradients": gradients},
-        # The theory says how gradients change from layer to layer, and takes the last one as it is measured.
+        # The theory of gradients goes from layer to layer, and starts from the measured gradient at the logits.
         predicted_stds=predict_stds(untrained, images, gradients[-1]),
         samples=recorder.samples(),
     )
@@ -116,11 +117,9 @@ def main(
         raise MisconfigurationException("there is nothing to compare: schemes or activations is empty")
     # Each Trainer would say which devices there are and why it has stopped.
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
-    # In layers this narrow threads mostly wait for each other: on 2 cores, one of them busy with another program, a run
-    # took 2.3 s with one thread and over 30 s with two.
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # in layers this narrow, threads mostly wait for each other
 
-    data = MNISTDataModule(data_dir, batch_size, seed, augment=False)  # the theory is of fixed images
+    data = MNISTDataModule(data_dir, batch_size, seed, augment=False)  # theory and training see the same images
     data.prepare_data()  # by hand, as a batch is wanted before there is a Trainer
     data.setup("fit")
 
@@ -148,7 +147,7 @@ def main(
 
 
 def print_table(results: list[Result]) -> None:
-    """Prints a table for each activation: std in the first and in the last hidden layer, share as a mean over them."""
+    """Prints a table for each activation: std in the first and last hidden layer, share as the mean of all of them."""
     for activation in dict.fromkeys(result.activation for result in results):
         print(
             f"\n{activation:16} {'loss at step 0':>14}  {'activation std':^20}  {'gradient std':^20}"
@@ -156,17 +155,14 @@ def print_table(results: list[Result]) -> None:
             f"{'':16} {f'(ln 10 = {math.log(10):.3f})':>14}  {'first -> last layer':^20}  {'last -> first layer':^20}"
             f"  {'share':>9}  {'accuracy':>10}"
         )
-        for result in results:
-            if result.activation == activation:
-                activations, gradients = (
-                    result.activation_stds,
-                    result.measured_stds["gradients"][:-1],
-                )  # without the logits
-                print(
-                    f"{result.scheme:16} {result.losses[0]:14.5g}  {activations[0]:8.2g} -> {activations[-1]:<8.2g}"
-                    f"  {gradients[-1]:8.2g} -> {gradients[0]:<8.2g}  {np.mean(result.defects):9.1%}"
-                    f"  {result.accuracy:10.1%}"
-                )
+        for result in (result for result in results if result.activation == activation):
+            stds = result.activation_stds
+            gradients = result.measured_stds["gradients"][:-1]  # the last one is of the logits
+            print(
+                f"{result.scheme:16} {result.losses[0]:14.5g}  {stds[0]:8.2g} -> {stds[-1]:<8.2g}"
+                f"  {gradients[-1]:8.2g} -> {gradients[0]:<8.2g}  {np.mean(result.defects):9.1%}"
+                f"  {result.accuracy:10.1%}"
+            )
 
 
 if __name__ == "__main__":

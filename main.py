@@ -3,8 +3,9 @@
 python main.py
 python main.py --help
 
-Read the body of `main` from top to bottom: data, model, Lightning module, callbacks, Trainer. The README explains them
-in this order. The parameters of `main` are the options of the command line, and its docstring is the help.
+Read the body of `main` from top to bottom: data, model, Lightning module, folder and logger, callbacks, Trainer. The
+README explains them in this order. The parameters of `main` are the options of the command line, and its docstring is
+the help.
 """
 
 from pathlib import Path
@@ -22,7 +23,7 @@ from common.classifier import Classifier
 from common.cli import Fraction, Seed, run_from_command_line
 from common.data import DATA_DIR, MNISTDataModule
 from common.model import MLP
-from common.runs import CheckpointIO, LastCheckpoint, open_run
+from common.runs import AtomicCheckpointIO, ResumeCheckpoint, open_run
 
 
 def main(
@@ -64,7 +65,7 @@ def main(
         augment: Rotate, stretch, shear and shift each training image a little.
         batch_size: Images of a batch, on each device.
         max_epochs: Passes over the training images.
-        patience: Epochs without a better validation accuracy after which to stop early.
+        patience: Epochs without a better validation accuracy after which to stop early; not with overfit_batches.
         accelerator: Kind of device to train on.
         devices: How many of them, or auto for all; the batch grows with them, and the learning rate does not.
         num_nodes: Machines with that many devices each.
@@ -88,22 +89,21 @@ def main(
     data = MNISTDataModule(data_dir, batch_size, seed, augment=augment and not overfit_batches)
     model = MLP(hidden_sizes, activation, dropout)
     classifier = Classifier(model, learning_rate, weight_decay, label_smoothing)
-    # A new folder logs/main/version_N, or a run to go on with; TensorBoard forgets the steps that are done again.
+    # Ours, not Lightning's: a new folder logs/main/version_N, or a checkpoint to go on from with these hyperparameters.
     run = open_run(Path(log_dir, "main"), ckpt_path, classifier.hparams, fast_dev_run)
+    # purge_step: TensorBoard drops what was logged after that checkpoint, as those steps are done again.
     logger = TensorBoardLogger(log_dir, name="main", version=run.version, purge_step=run.step, default_hp_metric=False)
-
-    # Saving waits for the end of the epoch, when FiniteLossCallback has looked at the losses.
+    # Lightning would save right after validation, before the epoch ends and FiniteLossCallback looks at the losses.
     best = ModelCheckpoint(monitor="accuracy/val", mode="max", save_on_train_epoch_end=True)
     callbacks = [
         MetricsCallback(),  # logs the accuracy/val that others monitor
-        TestPicturesCallback(),
+        TestPicturesCallback(),  # confusion matrix and worst mistakes
         GradientHistogramCallback(),
         LearningRateMonitor(logging_interval="step"),
-        # Memorizing a few batches lowers validation accuracy: no reason to stop.
         EarlyStopping(monitor="accuracy/val", mode="max", patience=max_epochs if overfit_batches else patience),
-        FiniteLossCallback(),
-        best,  # the epoch that is tested
-        LastCheckpoint(run.ckpt_path),  # the epoch that --ckpt_path last goes on from
+        FiniteLossCallback(),  # ends a run whose loss is NaN or infinite
+        best,  # keeps the epoch that is tested
+        ResumeCheckpoint(run.ckpt_path),  # ours: keeps the latest epoch, for "--ckpt_path last", and restores from it
         TQDMProgressBar(refresh_rate=20),
         *([ActivationHistogramCallback()] if activation_histograms else []),
     ]
@@ -122,10 +122,11 @@ def main(
         logger=logger,
         log_every_n_steps=20,
         callbacks=callbacks,
-        plugins=[CheckpointIO()],  # a crash while saving leaves the old file whole
+        plugins=[AtomicCheckpointIO()],  # ours: a crash while saving leaves the old file whole
     )
     # weights_only is the name of torch.load's safe mode: optimizer, schedule and epoch are restored all the same.
     trainer.fit(classifier, data, ckpt_path=run.ckpt_path, weights_only=True)
+    # The best epoch; a fast_dev_run has saved none, and None tests the weights as they are.
     [test] = trainer.test(classifier, data, ckpt_path=best.best_model_path or None, weights_only=True, verbose=False)
     print_summary(trainer, test["accuracy/test"], best.best_model_path)
     return test["accuracy/test"]

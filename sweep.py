@@ -4,8 +4,8 @@ python sweep.py
 python sweep.py --workers 2
 python sweep.py --storage postgresql+psycopg://user@host/database    (the same command on each machine)
 
-On one process, all this is `optuna.create_study` and `study.optimize(objective, n_trials=20)`. Read the search space
-first, then `objective`, which trains one trial. What several workers need is in `common/study.py`.
+For one process, `optuna.create_study` and `study.optimize(objective, n_trials=20)` would do. Read the search space
+first, then `objective`, which trains one trial. `common/study.py` calls both of these for several workers.
 """
 
 from functools import partial
@@ -26,13 +26,14 @@ from common.cli import Seed, run_from_command_line
 from common.data import DATA_DIR, MNISTDataModule
 from common.model import MLP
 from common.report import report
-from common.study import open_study, run_trial, run_workers, study_folder
+from common.study import open_study, run_workers, study_folder
 
 
 def suggest_hyperparameters(trial: optuna.Trial) -> dict[str, Any]:
     """Asks the trial for a point of the search space; the keys are options of `main.py`.
 
-    The study's sampler chooses. The space is what is asked for: `hidden_size_2` exists in trials of depth 3 alone.
+    The sampler chooses each value: Optuna's default, TPE, which looks at the trials before. The space is declared
+    nowhere else. It is whatever is asked for here: `hidden_size_2` exists in trials of depth 3 alone.
     """
     depth = trial.suggest_int("depth", 1, 3)
     return {
@@ -45,7 +46,7 @@ def suggest_hyperparameters(trial: optuna.Trial) -> dict[str, Any]:
     }
 
 
-# What a textbook would begin with. It is trial 0 of every study, and the others have to beat it.
+# What a textbook would begin with. Trial 0 of every study gets these values, and the others have to beat it.
 BASELINE = {
     "depth": 1,
     "hidden_size_0": 128,
@@ -55,8 +56,8 @@ BASELINE = {
     "weight_decay": 0.01,
     "batch_size": 256,
 }
-# After each epoch, stops a trial whose best accuracy so far is not in the top third of what earlier trials had then.
-# The first trial is never stopped.
+# After each epoch, stops a trial whose best accuracy so far is not in the top third of what the completed trials had
+# at that epoch. While none is complete, it stops none.
 PRUNER = optuna.pruners.PercentilePruner(33.3, n_startup_trials=1)
 
 
@@ -79,7 +80,7 @@ class PruningCallback(pl.Callback):
             self.trial.report(trainer.callback_metrics["accuracy/val"].item(), step=trainer.current_epoch)
             prune = bool(self.trial.should_prune())
             self.trial.set_user_attr("pruned", prune)
-            self.trial.set_user_attr("steps", trainer.global_step)
+            self.trial.set_user_attr("steps", trainer.global_step)  # to see later what pruning has saved
         trainer.should_stop |= trainer.strategy.broadcast(prune)
 
 
@@ -96,7 +97,7 @@ def objective(
 ) -> float:
     """Trains one trial as `main.py` would and returns its best validation accuracy, in [0, 1].
 
-    Optuna calls it with the trial alone; `main` binds the rest.
+    Optuna calls it with the trial alone; `main` fixes the rest.
 
     Raises:
         optuna.TrialPruned: if the pruner stopped it.
@@ -129,12 +130,13 @@ def objective(
     )
     trainer.fit(classifier, data)
 
-    # What PruningCallback has reported, read from the study: with several devices a child process has reported it.
+    # With several devices, child processes have trained. They bring back the path of the best checkpoint and not its
+    # accuracy, so both are read from the study, where PruningCallback has reported them.
     recorded = trial.study.get_trials(deepcopy=False)[trial.number]
     accuracy, pruned = max(recorded.intermediate_values.values()), recorded.user_attrs["pruned"]
     logger.log_hyperparams(chosen | {"pruned": pruned}, {"accuracy/best": accuracy})
     logger.save()
-    trial.set_user_attr("checkpoint", checkpoint.best_model_path)  # a note for test_best
+    trial.set_user_attr("checkpoint", checkpoint.best_model_path)  # for test_best
     if pruned:
         raise optuna.TrialPruned
     return accuracy
@@ -157,7 +159,7 @@ def main(
     """Search hyperparameters for the MLP on MNIST; the same command again continues the study.
 
     Args:
-        n_trials: Trials of the whole study, over all workers, machines and earlier calls.
+        n_trials: Trials of the whole study, over all workers, machines and earlier calls; raise it for more.
         timeout: Seconds after which no trial is started any more.
         workers: Processes on this machine, each with its share of the cores, and the GPUs in turn.
         storage: Database URL of the study; one SQLite file in log_dir if none is given.
@@ -176,40 +178,37 @@ def main(
     data = MNISTDataModule(data_dir, seed=seed)
     data.prepare_data()  # here, so that missing data ends the program and not every trial
 
-    # optuna.create_study(load_if_exists=True), for each worker again, as a study cannot be sent to another process.
+    # optuna.create_study(load_if_exists=True), which also refuses a study of another space or of other epochs. It is
+    # bound and not only called, because each worker opens the study for itself.
     open_this_study = partial(open_study, url, study_name, PRUNER, suggest_hyperparameters, max_epochs)
     study = open_this_study()
-    # Ends the program if the machine lacks these devices, which would fail every trial.
+    # Ends the program if the machine lacks these devices, which would fail every trial. It also says what "auto" means.
     probe = pl.Trainer(accelerator=accelerator, devices=devices, logger=False, enable_checkpointing=False)
     gpus = torch.cuda.device_count() if isinstance(probe.accelerator, CUDAAccelerator) else 0
 
-    train = partial(
-        objective,
-        data=data,
-        folder=str(folder),
-        max_epochs=max_epochs,
-        patience=patience,
-        seed=seed,
-        accelerator=accelerator,
-        strategy="ddp_spawn" if devices > 1 else "auto",  # "ddp" would start the whole sweep once more
-    )
-    runs = [
+    # `objective` for each worker, with all but the trial fixed.
+    objectives = [
         partial(
-            run_trial,
-            objective=partial(train, devices=devices_of(worker, devices, gpus)),
-            n_trials=n_trials,
+            objective,
+            data=data,
+            folder=str(folder),
+            max_epochs=max_epochs,
+            patience=patience,
             seed=seed,
-            baseline=BASELINE,
+            accelerator=accelerator,
+            devices=devices_of(worker, devices, gpus),
+            strategy="ddp_spawn" if devices > 1 else "auto",  # "ddp" would start the whole sweep once more
         )
         for worker in range(workers)
     ]
-    # An equal share of the threads that torch would use, which heeds OMP_NUM_THREADS and the cores it may use.
+    # An equal share of the threads that torch takes by default.
     threads = max(1, torch.get_num_threads() // (workers * devices))
-    # Each worker calls study.optimize(run, n_trials=1) until the study has n_trials.
-    run_workers(open_this_study, runs, n_trials, timeout, threads)
+    # Ours, not Optuna's: each worker calls study.optimize(its objective, n_trials=1) until the study has n_trials.
+    run_workers(open_this_study, objectives, BASELINE, n_trials, timeout, seed, threads)
 
+    # It calls suggest_hyperparameters with finished trials, which gives what they have tried.
     best = report(study, suggest_hyperparameters, BASELINE, folder)
-    if best:
+    if best:  # there is none if no trial was completed
         test_best(study, best, data, folder, accelerator)
 
 
@@ -230,7 +229,7 @@ def test_best(
     """Tests the best trial's checkpoint, once in the study's life, and says where it lies."""
     label = f"test accuracy of trial {best.number}"  # remembered, so that a continued study does not test it again
     path = Path(best.user_attrs["checkpoint"])
-    # Another machine may have trained it, and a file of that name here may be of another study.
+    # The machine that trained it has recorded the path. On this one the file may be missing, or be of another study.
     here = path.exists() and path.absolute().is_relative_to(folder.absolute())
     if here and label not in study.user_attrs:
         classifier = Classifier.load_from_checkpoint(path, weights_only=True)

@@ -1,4 +1,4 @@
-"""What `initialization.py` measures while a network trains: all that goes through its layers, and the loss curve."""
+"""Measures all that goes through the layers of a network, for `initialization.py` and one option of `main.py`."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -14,39 +14,9 @@ from torch.utils.tensorboard import SummaryWriter
 from common.callbacks import histogram_writer_or_warning, mean_and_std
 from common.model import ACTIVATIONS
 
-# The units that an activation makes useless, as the callback below names them.
-DEFECTS = {"tanh": "saturated", "relu": "dead"}
-
-
-@dataclass
-class Result:
-    """What one run has measured, in lists from the first layer to the last.
-
-    All but `losses` and `accuracy` are of the first batch, at step 0. Standard deviations are those of pre-activations
-    and of the loss's gradients with respect to them, where the logits are a layer too; `predicted_stds` come from
-    `common/theory.py`. `samples` has the activations and gradients of a few hidden layers, counted from 1.
-    """
-
-    activation: str
-    scheme: str
-    losses: list[float]
-    accuracy: float
-    activation_stds: list[float]
-    defects: list[float]  # share of dead units (ReLU) or of saturated outputs (tanh)
-    measured_stds: dict[Literal["preactivations", "gradients"], list[float]]
-    predicted_stds: dict[Literal["preactivations", "gradients"], list[float]]
-    samples: dict[Literal["activations", "gradients"], dict[int, np.ndarray]]
-
-
-def in_order(values: dict[str, Any], tag: str) -> list[Any]:
-    """Returns the values named `{tag}/{layer}`, from the first layer to the last."""
-    found = [value for name, value in values.items() if name.startswith(f"{tag}/")]
-    # They were recorded as they were calculated, and gradients come from the last layer.
-    return found[::-1] if tag.startswith("backpropagated") else found
-
 
 class ActivationHistogramCallback(pl.Callback):
-    """Records what goes through each layer in training, forwards and backwards, by forward hooks.
+    """Records what goes through each layer in training, by forward hooks, which also hang a hook on the way back.
 
     `{what}/{name}` is a histogram, `{what}_mean/{name}` and `{what}_std/{name}` are scalars, where `what` is
 
@@ -97,26 +67,31 @@ class ActivationHistogramCallback(pl.Callback):
         self.recording = False
 
     def at_start(self, tag: str) -> list[float]:
-        """Returns a scalar of the first recorded step, for each layer from the first to the last."""
-        return in_order(self.history[min(self.history)], tag)
+        """Returns the scalars `{tag}/{layer}` of the first recorded step, from the first layer to the last."""
+        return self._in_order(self.history[min(self.history)], tag)
 
     def samples(self) -> dict[str, dict[int, np.ndarray]]:
         """Returns activations and gradients of about five hidden layers at the first recorded step."""
         values = {"activations": "activation", "gradients": "backpropagated"}
-        layers = {what: in_order(self.first_values, tag) for what, tag in values.items()}
+        layers = {what: self._in_order(self.first_values, tag) for what, tag in values.items()}
         depth = len(layers["activations"])
         shown = sorted({round(layer) for layer in np.linspace(1, depth, 5)})
         return {what: {i: tensors[i - 1].cpu().numpy() for i in shown} for what, tensors in layers.items()}
+
+    def _in_order(self, recorded: dict[str, Any], tag: str) -> list[Any]:
+        found = [value for name, value in recorded.items() if name.startswith(f"{tag}/")]
+        # A dict keeps the order of recording, and on the way back the last layer comes first.
+        return found[::-1] if tag.startswith("backpropagated") else found
 
     def _record_linear(
         self, trainer: pl.Trainer, name: str, module: nn.Module, inputs: tuple[Tensor], output: Tensor
     ) -> None:
         if self.recording:
             self._record(trainer, "preactivation", name, output.detach())
-            # With precision 16-mixed the gradients are those of the loss times this scale.
+            # With precision 16-mixed gradients are those of the loss times a scale; without it many are too small for
+            # 16 bits.
             scaler = getattr(trainer.precision_plugin, "scaler", None)
             scale = scaler.get_scale() if scaler else 1.0
-            # In 32 bits, as without the scale many are too small for 16.
             output.register_hook(
                 lambda gradient: self._record(trainer, "backpropagated", name, gradient.float() / scale)
             )
@@ -134,7 +109,7 @@ class ActivationHistogramCallback(pl.Callback):
             self._write(trainer, scalars)
 
     def _record(self, trainer: pl.Trainer, what: str, name: str, values: Tensor) -> None:
-        if trainer.global_step == min(self.history, default=trainer.global_step):
+        if self.history.keys() <= {trainer.global_step}:  # still the first recorded step
             self.first_values[f"{what}/{name}"] = values
         self._write(trainer, mean_and_std(what, name, values))
         if self.writer and values.isfinite().all():
@@ -155,8 +130,8 @@ class ActivationHistogramCallback(pl.Callback):
 class LossCurveCallback(pl.Callback):
     """Logs the training loss of each step as `loss/step` and keeps them all in `losses`; `losses[0]` is that at step 0.
 
-    `self.log(..., on_step=True)` would log them too, but keep only the last one. They are read once an epoch, because
-    reading a loss waits for the device.
+    `self.log(..., on_step=True)` would log them too, but keep only the last one. They are read at the end of an epoch,
+    even of one that max_steps cuts short, because reading a loss waits for the device.
     """
 
     def __init__(self) -> None:
@@ -173,3 +148,28 @@ class LossCurveCallback(pl.Callback):
             if trainer.logger:
                 trainer.logger.log_metrics({"loss/step": loss}, step=step)
         self.losses += losses
+
+
+# The units that an activation makes useless, as the callback below names them.
+DEFECTS = {"tanh": "saturated", "relu": "dead"}
+
+
+@dataclass
+class Result:
+    """What one run has measured, in lists from the first layer to the last.
+
+    All but `losses` and `accuracy` are of the first batch, at step 0. `measured_stds` and `predicted_stds` are standard
+    deviations of the pre-activations and of the loss's gradients with respect to them, where the logits are a layer
+    too; what is predicted comes from `common/theory.py`. `activation_stds` and `defects` are of the hidden layers.
+    `samples` has the activations and gradients of a few hidden layers, counted from 1.
+    """
+
+    activation: str
+    scheme: str
+    losses: list[float]
+    accuracy: float
+    activation_stds: list[float]
+    defects: list[float]  # share of dead units (ReLU) or of saturated outputs (tanh)
+    measured_stds: dict[Literal["preactivations", "gradients"], list[float]]
+    predicted_stds: dict[Literal["preactivations", "gradients"], list[float]]
+    samples: dict[Literal["activations", "gradients"], dict[int, np.ndarray]]

@@ -1,4 +1,4 @@
-"""The callbacks of `main.py` and `sweep.py`: scores, pictures, gradients, without a line in the Lightning module."""
+"""The callbacks of the scripts: scores, pictures, gradients, finite losses, without a line in the Lightning module."""
 
 from typing import Any
 
@@ -74,6 +74,7 @@ class MetricsCallback(pl.Callback):
 
     def _log_scores(self, pl_module: pl.LightningModule, stage: str) -> None:
         for name, value in self.scores[stage].compute().items():
+            # Already the same on all processes, but without sync_dist Lightning would warn that it may not be.
             pl_module.log(name, value, prog_bar=name.startswith("accuracy"), sync_dist=True)
 
 
@@ -177,7 +178,9 @@ class GradientHistogramCallback(pl.Callback):
         if self.writer is None or not trainer.is_global_zero or trainer.global_step % self.every_n_steps:
             return
         for name, parameter in pl_module.named_parameters():
-            norm = parameter.grad.norm() if parameter.grad is not None else torch.tensor(torch.nan)
+            if parameter.grad is None:
+                continue
+            norm = parameter.grad.norm()
             if norm.isfinite():  # a histogram of anything else raises
                 self.writer.add_histogram(f"gradient/{name}", parameter.grad, trainer.global_step, bins=64)
                 scalars = {f"gradient_norm/{name}": norm} | mean_and_std("gradient", name, parameter.grad)
@@ -198,7 +201,7 @@ class FiniteLossCallback(pl.Callback):
     def on_train_epoch_end(self, trainer, pl_module) -> None:
         for name, loss in sorted(trainer.callback_metrics.items()):
             if name.startswith("loss/") and not loss.isfinite():
-                # A checkpoint callback that monitors nothing calls the latest its best.
+                # The latest one: `main.py` lists ResumeCheckpoint last, whose best model is always its latest.
                 saved = [callback.best_model_path for callback in reversed(trainer.checkpoint_callbacks)]
                 raise FloatingPointError(
                     f"{name} is {loss.item()} after step {trainer.global_step}; last good checkpoint:"

@@ -37,7 +37,7 @@ class Classifier(pl.LightningModule):
         # Copies the arguments into self.hparams and every checkpoint; of the model only the values that rebuild it,
         # since a checkpoint with an object in it does not load with weights_only=True.
         self.save_hyperparameters(ignore="model")
-        self.save_hyperparameters({"model": self.model.hparams})
+        self.save_hyperparameters({"model": self.model.arguments})
 
     def forward(self, images: Tensor) -> Tensor:
         return self.model(images)
@@ -59,13 +59,14 @@ class Classifier(pl.LightningModule):
         images, y = batch
         y_pred = self(images)
         loss = F.cross_entropy(y_pred, y, label_smoothing=self.hparams.label_smoothing if stage == "train" else 0.0)
-        # batch_size weighs the smaller last batch correctly. A float, because Lightning averages it over processes too
-        # and would cut an integer: 10,000 images on 3 processes come to 3,333 each.
+        # batch_size is the batch's weight in the mean of the epoch. A float, because Lightning adds these up, takes the
+        # mean over processes and rounds that of integers down: 10,000 images on 3 processes would weigh 3 * 3,333.
         self.log(f"loss/{stage}", loss, on_step=False, on_epoch=True, batch_size=float(len(y)), sync_dist=True)
         return {"loss": loss, "y": y, "y_pred": y_pred.detach()}
 
     def configure_optimizers(self) -> dict[str, Any]:
-        # With mixed precision Lightning neither clips a fused optimizer's gradients nor takes the loss scale off them.
+        # Fused only without mixed precision: there Lightning neither clips a fused optimizer's gradients nor takes the
+        # loss scale off them.
         fused = "mixed" not in self.trainer.precision
         optimizer = torch.optim.AdamW(
             self.parameters(), lr=self.hparams.learning_rate, weight_decay=self.hparams.weight_decay, fused=fused

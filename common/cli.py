@@ -38,7 +38,7 @@ def run_from_command_line(main: Callable[..., object], arguments: Sequence[str] 
     """
     parser = OneLineParser(description=main.__doc__.splitlines()[0])
     parser.add_function_arguments(main, as_group=False)
-    # Through JSON, because then a PositiveInt is a plain int again, which a checkpoint may hold.
+    # JSON turns jsonargparse's PositiveInt into a plain int, as torch.load's safe mode refuses other classes.
     options = json.loads(parser.dump(parser.parse_args(arguments), format="json"))
     try:
         main(**options)

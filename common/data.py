@@ -16,7 +16,7 @@ DATA_DIR = str(Path(__file__).parent.parent / "data")
 # Of the 60,000 training images' pixels scaled to [0, 1].
 MEAN, STD = 0.1307, 0.3081
 TRAIN_SIZE, VAL_SIZE = 55_000, 5_000
-# Bytes of the extracted files: a header, then one byte a pixel or a label.
+# Bytes of the extracted files, as torchvision takes half a file for a whole one: a header, then a byte per value.
 FILE_SIZES = {
     "train-images-idx3-ubyte": 16 + 60_000 * 28 * 28,
     "train-labels-idx1-ubyte": 8 + 60_000,
@@ -49,7 +49,7 @@ class TensorBatches(Dataset):
         return self.images[index], self.labels[index]
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        # A plain copy would wait until a GPU has done all that is queued; on a Mac's, copies that do not wait go wrong.
+        # Without non_blocking, copying the indices to a GPU waits for all its work. On a Mac's GPU it is not safe.
         return self[torch.tensor(indices).to(self.labels.device, non_blocking=self.labels.is_cuda)]
 
 
@@ -72,12 +72,12 @@ def random_affine(images: Tensor, distortion: float = 0.15, shift: float = 1.0) 
     # Coordinates in bfloat16 would be too coarse, and float64 is not on every device.
     like = {"dtype": torch.promote_types(images.dtype, torch.float32), "device": images.device}
     matrix = torch.eye(2, **like) + torch.empty(n, 2, 2, **like).uniform_(-distortion, distortion)
-    offset = torch.empty(n, 2, 1, **like).uniform_(-shift, shift) * 2 / (size - 1)
-    # For grid_sample the centers of the first and of the last pixel are at -1 and 1.
+    # grid_sample counts from -1 at the center of the first pixel to 1 at that of the last.
+    offset = torch.empty(n, 2, 1, 1, **like).uniform_(-shift, shift) * 2 / (size - 1)
     x = torch.linspace(-1, 1, size, **like)
-    # F.affine_grid multiplies matrices instead, which takes several times as long: here only the sum is large.
-    by_x, by_y, offset = torch.cat([matrix, offset], dim=2)[..., None, None].unbind(2)
-    grid = by_x * x + (by_y * x.unsqueeze(1) + offset)
+    # M (x, y) + s by broadcasting, several times faster than the matrix products of F.affine_grid.
+    by_x, by_y = matrix[..., None, None].unbind(2)  # the columns of M, each (n, 2, 1, 1)
+    grid = by_x * x + (by_y * x.unsqueeze(1) + offset)  # (n, 2, size, size)
     # Clamping the grid is padding_mode="border", which Macs lack before PyTorch 2.13.
     grid = grid.clamp_(-1, 1).permute(0, 2, 3, 1)
     return F.grid_sample(images.to(grid.dtype), grid, align_corners=True).to(images.dtype)
@@ -110,7 +110,6 @@ class MNISTDataModule(pl.LightningDataModule):
         raw.mkdir(parents=True, exist_ok=True)
         # Two first runs at the same time would extract into each other's files.
         with FileLock(f"{raw}.lock"):
-            # An interruption has left half a file, which torchvision takes for a whole one.
             for name in FILE_SIZES.keys() - whole_files(raw):
                 (raw / name).unlink(missing_ok=True)
             try:
@@ -158,13 +157,13 @@ class MNISTDataModule(pl.LightningDataModule):
         return self.test_dataloader()
 
     def _loader(self, dataset: TensorBatches, sampler_class: type[DistributedSampler], **sampler_options) -> DataLoader:
-        # Lightning would choose a DistributedSampler only on several processes, and for evaluation one that repeats
-        # samples to make the shares equal. Chosen here, training has the same order on any number of processes and
-        # in a resumed run (Lightning calls set_epoch), and evaluation counts each sample once.
+        # On one process too, as the order of a DistributedSampler is a function of seed and epoch (Lightning calls
+        # set_epoch): the same in a resumed run. In evaluation Lightning would take one that repeats samples to make the
+        # shares of processes equal; this one counts each sample once.
         world_size, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         sampler = sampler_class(dataset, num_replicas=world_size, rank=rank, **sampler_options)
-        # Each pass over a loader draws a seed. From torch's own generator it would shift the numbers that dropout and
-        # augmentation draw in a resumed run, which makes fewer passes.
+        # Not for the order, which the sampler decides: a DataLoader draws a seed in each pass. Drawn from torch's own
+        # generator, it would shift dropout and augmentation in a resumed run, which skips the passes that are done.
         generator = torch.Generator()
         return DataLoader(
             dataset, batch_size=self.batch_size, sampler=sampler, generator=generator, collate_fn=lambda batch: batch

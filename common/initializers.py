@@ -1,14 +1,12 @@
 """The initialization schemes: plain functions, each with its source, and `initialize`, which applies one to a model."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
 from common.model import MLP
 
-# Each scheme takes a layer whose bias is zero already, the name of the activation behind it, and the inputs
-# (batch, fan_in) that reach the layer, at which only lsuv looks. The gain makes up for what the activation takes away
+# Each scheme takes a layer whose bias is zero already, the name of the model's activation, and the inputs
+# (batch, fan_in) that reach the layer, at which only lsuv looks. The gain makes up for what an activation takes away
 # from the signal: √2 for ReLU, 5/3 for tanh in PyTorch.
 
 
@@ -81,23 +79,12 @@ def lsuv(linear: nn.Linear, activation: str, inputs: Tensor) -> None:
     within a tolerance of 0.1; here one division is exact, because without biases the outputs scale with the weights.
     """
     nn.init.orthogonal_(linear.weight)
-    linear.weight /= linear(inputs).std()
+    linear.weight /= linear(inputs).std()  # `initialize` runs without gradients
 
 
-INITIALIZATIONS: dict[str, Callable[[nn.Linear, str, Tensor], None]] = {
-    "zeros": zeros,
-    "constant": constant,
-    "normal_small": normal_small,
-    "normal_large": normal_large,
-    "classic_uniform": classic_uniform,
-    "pytorch_default": pytorch_default,
-    "xavier_uniform": xavier_uniform,
-    "xavier_normal": xavier_normal,
-    "kaiming_uniform": kaiming_uniform,
-    "kaiming_normal": kaiming_normal,
-    "orthogonal": orthogonal,
-    "lsuv": lsuv,
-}
+SCHEMES = [zeros, constant, normal_small, normal_large, classic_uniform, pytorch_default]
+SCHEMES += [xavier_uniform, xavier_normal, kaiming_uniform, kaiming_normal, orthogonal, lsuv]
+INITIALIZATIONS = {scheme.__name__: scheme for scheme in SCHEMES}
 
 
 @torch.no_grad()
@@ -105,8 +92,8 @@ def initialize(model: MLP, scheme: str, images: Tensor) -> None:
     """Initializes the layers of `model` from first to last; all biases become 0, except with `pytorch_default`.
 
     Args:
-        model: every layer gets the gain of its activation, also the first, which follows none: one factor changes
-            little (He et al. 2015, section 2.2).
+        model: every layer gets the gain of the activation before it. The first layer has none before it and gets the
+            gain all the same: one factor changes little (He et al. 2015, section 2.2).
         scheme: a key of `INITIALIZATIONS`.
         images: a batch (batch, ...) that the layers pass on, for the schemes that look at their inputs.
 
@@ -124,5 +111,5 @@ def initialize(model: MLP, scheme: str, images: Tensor) -> None:
     for layer in model.layers:
         if isinstance(layer, nn.Linear):
             nn.init.zeros_(layer.bias)
-            INITIALIZATIONS[scheme](layer, model.hparams["activation"], inputs)
+            INITIALIZATIONS[scheme](layer, model.arguments["activation"], inputs)
         inputs = layer(inputs)

@@ -41,7 +41,7 @@ class MLP(nn.Module):
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation is {activation!r}, allowed: {', '.join(ACTIVATIONS)}")
         # Plain values, so that a checkpoint can carry them and rebuild this model.
-        self.hparams = {
+        self.arguments = {
             "hidden_sizes": list(hidden_sizes),
             "activation": activation,
             "dropout": dropout,

@@ -55,10 +55,10 @@ def draw_depth(groups: dict[str, list[Result]]) -> Figure:
         for axis, (activation, results) in zip(row, groups.items(), strict=True):
             for result in results:
                 layers, color = range(1, len(result.measured_stds[what]) + 1), COLORS[result.scheme]
-                axis.plot(layers, above_zero(result.measured_stds[what]), color=color, linewidth=4, alpha=0.7)
-                axis.plot(layers, above_zero(result.predicted_stds[what]), "k--", linewidth=0.8)
+                axis.plot(layers, result.measured_stds[what], color=color, linewidth=4, alpha=0.7)
+                axis.plot(layers, result.predicted_stds[what], "k--", linewidth=0.8)
             all_zero = [result.scheme for result in results if not any(result.measured_stds[what][:-1])]
-            axis.set_yscale("log")
+            axis.set_yscale("log", nonpositive="mask")
             (bottom, top), (low, high) = axis.get_ylim(), limits[what]
             axis.set(ylim=(max(bottom, low), min(top, high)), title=activation)
             axis.set_xlabel(with_notes("layer", {"0 in all hidden layers": all_zero}))
@@ -100,11 +100,6 @@ def draw_legend(figure: Figure, groups: dict[str, list[Result]], last: Line2D) -
 def with_notes(label: str, notes: dict[str, list[str]]) -> str:
     """The label, and below it a line for each note with its schemes, as in "overflow: normal_large"."""
     return "\n".join([label, *(fill(f"{note}: {', '.join(names)}", 60) for note, names in notes.items() if names)])
-
-
-def above_zero(values: list[float]) -> list[float]:
-    """Zero has no place on a logarithmic axis."""
-    return [value if value > 0 else math.nan for value in values]
 
 
 def draw_histograms(results: list[Result], what: Literal["activations", "gradients"]) -> Figure:

@@ -67,7 +67,7 @@ def print_table(trials: list[FrozenTrial], space: Space) -> None:
 def save_pictures(study: optuna.Study, folder: Path) -> None:
     """Saves pictures of the study as PNG files: how the trials went, and what Optuna itself draws."""
     # Parameters of every trial only: most trials have no third layer.
-    shared = ["learning_rate", "batch_size", "depth", "hidden_size_0", "activation", "dropout", "weight_decay"]
+    shared = list(optuna.search_space.intersection_search_space(study.get_trials(deepcopy=False)))
     pictures = {
         "intermediate_values": draw_intermediate_values(study),
         "history": plots.plot_optimization_history(study).figure,

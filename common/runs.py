@@ -5,7 +5,6 @@ import os
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,7 @@ def open_run(folder: Path, ckpt_path: str | None, hparams: Mapping[str, Any], fa
         version = max(started, default=None)
         last = folder / f"version_{version}" / "checkpoints" / "last.ckpt"
         ckpt_path = str(last) if last.exists() else None
-    # Only the first process writes into the folder, and it alone needs to have the checkpoint's file.
+    # The first process alone logs, tells the others where checkpoints go, and needs to have the checkpoint's file.
     if rank_zero_only.rank != 0:
         return Run(version or 0, ckpt_path)
     step = resumable_step(ckpt_path, hparams) if ckpt_path else 0
@@ -91,26 +90,27 @@ def resumable_step(path: str, hparams: Mapping[str, Any]) -> int:
     return checkpoint["global_step"]
 
 
-class CheckpointIO(TorchCheckpointIO):
+class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes checkpoints that are whole or not there at all, and reads them on the first process for all.
 
-    Lightning writes into the system's temporary folder, from where a checkpoint on another disk is copied bit by bit,
-    and reads on every process, though on several hosts without a shared disk only the first one has the file.
+    Lightning writes into the system's temporary folder and copies the file from there to another disk: a crash in that
+    copy leaves half a checkpoint. It reads on every process, though on hosts without a shared disk only the first one
+    has the file.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str, storage_options: Any = None) -> None:
-        partial = Path(f"{path}.partial")
-        partial.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(f"{path}.partial")
+        unfinished.parent.mkdir(parents=True, exist_ok=True)
         whole = io.BytesIO()  # torch would hide that a disk is full behind an error of its own
         torch.save(checkpoint, whole)
         try:
-            with partial.open("wb") as file:
+            with unfinished.open("wb") as file:
                 file.write(whole.getbuffer())
                 file.flush()
                 os.fsync(file.fileno())  # or a power cut may leave the new name with nothing behind it
-            partial.replace(path)
+            unfinished.replace(path)
         finally:
-            partial.unlink(missing_ok=True)
+            unfinished.unlink(missing_ok=True)
 
     def load_checkpoint(self, path: str, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
         if not torch.distributed.is_initialized():
@@ -127,7 +127,7 @@ class CheckpointIO(TorchCheckpointIO):
         return received[0]
 
 
-class LastCheckpoint(ModelCheckpoint):
+class ResumeCheckpoint(ModelCheckpoint):
     """Saves `last.ckpt` after each epoch, with all that a resumed run needs to end with the same bits (on CPU).
 
     Lightning saves weights, optimizer, schedule and progress, and the order of the images is a function of seed and
@@ -148,9 +148,9 @@ class LastCheckpoint(ModelCheckpoint):
 
     def setup(self, trainer, pl_module, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        # All of them raise: one that alone goes on would wait for the others for ever.
-        resumes = partial(trainer.strategy.reduce_boolean_decision, self.ckpt_path is not None)
-        if stage == "fit" and resumes(all=False) and not resumes(all=True):
+        resumes, agree = self.ckpt_path is not None, trainer.strategy.reduce_boolean_decision
+        # All processes ask, so all of them raise: one that went on alone would wait for the others for ever.
+        if stage == "fit" and agree(resumes, all=False) and not agree(resumes, all=True):
             raise MisconfigurationException(
                 "only some hosts have found a last checkpoint: give --ckpt_path the path that it has on the first one"
             )
@@ -164,8 +164,9 @@ class LastCheckpoint(ModelCheckpoint):
         self.random_state = state_dict["random_state"]
 
     def on_load_checkpoint(self, trainer, pl_module, checkpoint: dict[str, Any]) -> None:
+        # Lightning calls this before it restores any callback, so all of them get what is written here.
         if trainer.state.fn != "fit":
-            # A test needs no callback's state, and that of the best checkpoint does not know where it lies now.
+            # A test needs no callback's state, in which a path may be wrong after a move.
             checkpoint["callbacks"] = {}
             return
         stored, requested = checkpoint["lr_schedulers"][0]["total_steps"], trainer.estimated_stepping_batches
@@ -183,7 +184,7 @@ class LastCheckpoint(ModelCheckpoint):
         super().on_train_start(trainer, pl_module)
         if self.random_state:
             torch.set_rng_state(self.random_state["cpu"])
-            # A list for each GPU of the machine; the run may go on with another number of them.
+            # One state for each GPU of the machine; the run may go on with another number of them.
             if len(self.random_state["cuda"]) == torch.cuda.device_count():
                 torch.cuda.set_rng_state_all(self.random_state["cuda"])
         stopping = trainer.early_stopping_callback
@@ -199,20 +200,19 @@ class LastCheckpoint(ModelCheckpoint):
 
 
 def find_best_again(state: dict[str, Any], callback: ModelCheckpoint, ckpt_path: str) -> None:
-    """Mends the state of a `ModelCheckpoint`, which forgets the best model if its folder has another name now.
+    """Writes into the saved state of a `ModelCheckpoint` where its best model lies now.
 
-    It has another name after a move, from another working directory, or where a new run goes on with an old checkpoint.
+    With a `dirpath` other than its own `ModelCheckpoint` forgets the best model: after a move, from another working
+    directory, or where a new run goes on with an old checkpoint.
     """
-
-    def found(path: str) -> str:
-        beside = Path(ckpt_path).absolute().with_name(Path(path).name)
-        return str(beside) if beside.exists() else path
-
     state["dirpath"] = callback.dirpath
     if callback.monitor:
-        if not Path(found(state.get("best_model_path", ""))).is_file():
-            state.clear()
+        path = state.get("best_model_path", "")
+        beside = Path(ckpt_path).absolute().parent / Path(path).name
+        path = str(beside) if beside.is_file() else path
+        if not Path(path).is_file():
+            state.clear()  # gone: start without a best model
             return
-        state["best_model_path"] = found(state["best_model_path"])
-        state["kth_best_model_path"] = found(state["kth_best_model_path"])
-        state["best_k_models"] = {found(path): score for path, score in state["best_k_models"].items()}
+        # It keeps a single model (save_top_k=1): the best one and the next to go.
+        kept = {path: state["best_model_score"]}
+        state |= {"best_model_path": path, "kth_best_model_path": path, "best_k_models": kept}

@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -25,7 +26,7 @@ from tqdm import tqdm
 Space = Callable[[optuna.Trial], dict[str, Any]]
 STORAGE_ERRORS = (StorageInternalError, DBAPIError)
 # Seconds for which workers wait for a database that does not answer.
-PATIENCE = 120
+DATABASE_TIMEOUT = 120
 
 
 class SharedStorage(optuna.storages.RDBStorage):
@@ -42,9 +43,10 @@ class SharedStorage(optuna.storages.RDBStorage):
             grace_period=15,
             heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=3),
         )
-        # Not before, as Optuna checks the tables through two connections at once.
+        # Optuna reads a trial FOR UPDATE before it claims it, which SQLite ignores: two workers could claim it. So each
+        # transaction takes SQLite's only lock at its start, as SQLAlchemy's documentation shows. Not before
+        # super().__init__, which checks the tables through two connections at once.
         if self.engine.dialect.name == "sqlite":
-            # Optuna reads a trial FOR UPDATE before it claims it, which SQLite ignores: two workers could claim it.
             event.listen(self.engine, "connect", lambda connection, _: setattr(connection, "isolation_level", None))
             event.listen(self.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
             self.engine.dispose()
@@ -56,9 +58,9 @@ class SharedStorage(optuna.storages.RDBStorage):
 
 
 class LostTrial(BaseException):
-    """Leaves `study.optimize` without an end for the trial: Optuna calls a trial failed for every `Exception`.
+    """Leaves `study.optimize` and the trial as running; with any `Exception` Optuna would mark the trial as failed.
 
-    Left as it is, the trial goes without heartbeats and is run again, if that has not happened yet.
+    A running trial without heartbeats is run again.
     """
 
 
@@ -72,7 +74,7 @@ def study_folder(folder: Path, storage: str | None, study_name: str) -> Path:
     return folder / study_name
 
 
-def join_study(url: str, study_name: str, pruner: optuna.pruners.BasePruner) -> optuna.Study:
+def create_or_load_study(url: str, study_name: str, pruner: optuna.pruners.BasePruner) -> optuna.Study:
     """Opens the database, makes its tables and the study if it has none, and returns the study.
 
     Raises:
@@ -99,24 +101,26 @@ def join_study(url: str, study_name: str, pruner: optuna.pruners.BasePruner) -> 
 def open_study(
     storage: str, study_name: str, pruner: optuna.pruners.BasePruner, space: Space, max_epochs: int
 ) -> optuna.Study:
-    """Creates the study or joins it.
+    """Creates the study or loads it, if it is the same search.
 
     Raises:
-        MisconfigurationException: if the storage cannot be opened, or holds a study that asks for something else.
+        MisconfigurationException: if the storage cannot be opened, or its study has another space or other epochs.
     """
     # The progress bar says it all; Lightning would introduce each trial anew.
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    study = join_study(storage, study_name, pruner)
+    study = create_or_load_study(storage, study_name, pruner)
     # Trials of another length or from another space cannot be compared with these.
     stored = study.user_attrs.get("max_epochs", max_epochs)
     if stored != max_epochs:
         raise MisconfigurationException(f"study {study_name!r} has max_epochs {stored}; take another --study_name")
     study.set_user_attr("max_epochs", max_epochs)
+    # A study in memory asks for the parameters of each stored trial again, to compare the spaces they were taken from.
     blank = optuna.create_study()
     for trial in study.get_trials(deepcopy=False):
         blank.enqueue_trial(trial.params)
-        space(requested := blank.ask())
+        requested = blank.ask()
+        space(requested)
         asked = requested.distributions
         # A trial that was not completed may not have asked for all of its parameters.
         for name in [*trial.distributions, *(asked if trial.state == TrialState.COMPLETE else [])]:
@@ -128,9 +132,9 @@ def open_study(
 
 
 def counted_trials(trials: list[FrozenTrial]) -> list[FrozenTrial]:
-    """Those of a study that count: all but lost ones, for which others are run, and what was opened one too many.
+    """All trials but those that failed without an `error` attribute.
 
-    These have failed without an error of their own.
+    Such a trial was lost with its worker and is run again under another number, or `run_trial` has refused it.
     """
     return [trial for trial in trials if trial.state != TrialState.FAIL or "error" in trial.user_attrs]
 
@@ -145,12 +149,15 @@ def run_trial(
     """Calls `objective` with a sampler of the trial's own, unless the study has its `n_trials` already."""
     trials = trial.study.get_trials(deepcopy=False)
     if trial.number in [other.number for other in counted_trials(trials)[n_trials:]]:
-        # Two workers opened the last trial at the same moment; the later one steps back.
+        # Two workers opened the last trial at the same moment, and the later one steps back. Optuna marks its trial as
+        # failed, and without an `error` attribute it does not count.
         raise RuntimeError("the study has its trials")
+    # A retry takes the number of the trial that it repeats, and so its suggestions.
     number = RetryHeartbeatStaleTrialCallback.retried_trial_number(trials[trial.number])
     number = trial.number if number is None else number
-    # A function of seed and number, so that neither a continued study nor a second worker repeats suggestions. Their
-    # sum would not do: the trials of seed 1 would be those of seed 0, one later.
+    # Optuna asks the sampler at each suggest_...(), so a sampler set now serves this trial. Its seed is a function of
+    # seed and number, so that neither a continued study nor a second worker repeats suggestions. Their sum would not
+    # do: the trials of seed 1 would be those of seed 0, one later.
     sampler_seed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
     trial.study.sampler = optuna.samplers.TPESampler(seed=sampler_seed, constant_liar=True)
     if baseline and number == 0:
@@ -161,7 +168,8 @@ def run_trial(
     except optuna.TrialPruned:
         raise
     except KeyboardInterrupt as interrupt:
-        # Optuna would call the trial failed; as it is, it stays open and is run again, as after Ctrl-C in a training.
+        # Optuna marks a trial as failed on KeyboardInterrupt too, but not on SystemExit. Lightning turns Ctrl-C into
+        # that one, so that the trial stays open and is run again.
         raise SystemExit(1) from interrupt
     except (UpdateFinishedTrialError, *STORAGE_ERRORS) as error:
         raise LostTrial from error
@@ -184,24 +192,25 @@ def run_worker(
         MisconfigurationException: if the database has not answered for two minutes.
     """
     torch.set_num_threads(threads)
-    study, adopted, failing_since = open_study(), set(), None
+    study, given_heartbeat, failing_since = open_study(), set(), None
     with tqdm(total=n_trials, unit="trial", disable=not show_bar) as bar:
         while time.time() < deadline:
             try:
-                if not run_one(study, run_next, n_trials, adopted, bar):
+                if not run_one(study, run_next, n_trials, given_heartbeat, bar):
                     break
                 failing_since = None
             except LostTrial:
                 continue
-            except Exception as error:  # of Optuna, when it ends a trial that was taken over, or of the database
+            except Exception as error:
+                # Never one of the objective: the database, or Optuna ending a trial that another worker has taken over.
                 failing_since = failing_since or time.time()
-                if time.time() > failing_since + PATIENCE:
+                if time.time() > failing_since + DATABASE_TIMEOUT:
                     raise MisconfigurationException(f"the database does not answer: {error}") from error
                 time.sleep(1)
 
 
 def run_one(
-    study: optuna.Study, run_next: Callable[[optuna.Trial], float], n_trials: int, adopted: set[int], bar: tqdm
+    study: optuna.Study, run_next: Callable[[optuna.Trial], float], n_trials: int, given_heartbeat: set[int], bar: tqdm
 ) -> bool:
     """Runs a trial if there is one to run, waits a second if others run the last ones, and returns whether to go on."""
     trials = study.get_trials(deepcopy=False)
@@ -209,32 +218,41 @@ def run_one(
     opened = len(counted_trials(trials))
     bar.n = max(0, min(opened, n_trials) - len(unfinished))
     bar.set_postfix({"best": max((trial.value for trial in trials if trial.value), default=None)})
+    # A dead worker's trial waits to be run again.
     if opened < n_trials or any(trial.state == TrialState.WAITING for trial in unfinished):
         study.optimize(run_next, n_trials=1, catch=Exception)
     elif unfinished:
         time.sleep(1)
         optuna.storages.fail_stale_trials(study)
         for trial in unfinished:
-            # A worker may have died before its first heartbeat, and without any Optuna would wait for ever.
-            if trial.number not in adopted:
+            # Optuna never takes a trial without any heartbeat for dead, but its worker may have died before the first.
+            # So each trial gets one from here, once.
+            if trial.number not in given_heartbeat:
                 study._storage.record_heartbeat(trial._trial_id)
-                adopted.add(trial.number)
+                given_heartbeat.add(trial.number)
     return bool(unfinished) or opened < n_trials
 
 
 def run_workers(
     open_study: Callable[[], optuna.Study],
-    runs: list[Callable[[optuna.Trial], float]],
+    objectives: list[Callable[[optuna.Trial], float]],
+    baseline: dict[str, Any] | None,
     n_trials: int,
     timeout: float,
+    seed: int,
     threads: int,
 ) -> None:
-    """Runs a worker here, and one in a process of its own for each further entry of `runs`, until they are done.
+    """Runs a worker here, and one in a process of its own for each further objective, until the study has `n_trials`.
 
     Processes and not Optuna's n_jobs, whose threads would share the interpreter and the random state.
     """
+    runs = [
+        partial(run_trial, objective=objective, n_trials=n_trials, seed=seed, baseline=baseline)
+        for objective in objectives
+    ]
     context, deadline = multiprocessing.get_context("spawn"), time.time() + timeout
-    # A terminal sends Ctrl-C to all processes; the others inherit that they ignore it, and this one ends them.
+    # A terminal sends Ctrl-C to all processes. The others ignore it, as this one does while it starts them, and this
+    # one ends them.
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     others = [
         context.Process(target=run_worker, args=(open_study, run_next, n_trials, deadline, threads, False))

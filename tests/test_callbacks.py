@@ -29,7 +29,7 @@ from common.callbacks import (
 from common.classifier import Classifier
 from common.data import MNISTDataModule
 from common.model import MLP
-from common.runs import LastCheckpoint
+from common.runs import ResumeCheckpoint
 from tests.conftest import DATA, read_events
 from tests.test_classifier import QUIET
 
@@ -194,7 +194,7 @@ def test_no_step_waits_for_the_device_and_nothing_asks_a_mac_for_float64(data: M
         FiniteLossCallback(),
         LossCurveCallback(),
         EarlyStopping("accuracy/val", mode="max"),
-        LastCheckpoint(),
+        ResumeCheckpoint(),
         StepEnds(ops, False),
     ]
     few = {"limit_train_batches": 3, "limit_val_batches": 2, "limit_test_batches": 2}

@@ -22,7 +22,7 @@ from common.callbacks import FiniteLossCallback
 from common.classifier import Classifier
 from common.data import MNISTDataModule
 from common.model import MLP
-from common.runs import CheckpointIO, LastCheckpoint, Run, open_run
+from common.runs import AtomicCheckpointIO, ResumeCheckpoint, Run, open_run
 from main import main
 from tests.conftest import DATA, ROOT, assert_one_line_error, read_events
 from tests.test_classifier import QUIET
@@ -66,7 +66,7 @@ def is_gone(pid: int) -> bool:
 
 
 def random_state(checkpoint: dict) -> dict:
-    [state] = [state for key, state in checkpoint["callbacks"].items() if key.startswith("LastCheckpoint")]
+    [state] = [state for key, state in checkpoint["callbacks"].items() if key.startswith("ResumeCheckpoint")]
     return state["random_state"]
 
 
@@ -124,9 +124,9 @@ class KeepMiddle(pl.Callback):
 def fit_with_dropout(folder: Path, seed: int, ckpt_path: Path | None = None, **options) -> dict[str, torch.Tensor]:
     pl.seed_everything(seed)
     classifier = Classifier(MLP([16], dropout=0.5))
-    callbacks = [LastCheckpoint(ckpt_path), KeepMiddle(folder / "middle.ckpt")]
+    callbacks = [ResumeCheckpoint(ckpt_path), KeepMiddle(folder / "middle.ckpt")]
     options = QUIET | {"max_epochs": 2, "limit_train_batches": 3, "limit_val_batches": 0} | options
-    trainer = pl.Trainer(default_root_dir=folder, callbacks=callbacks, plugins=[CheckpointIO()], **options)
+    trainer = pl.Trainer(default_root_dir=folder, callbacks=callbacks, plugins=[AtomicCheckpointIO()], **options)
     trainer.fit(classifier, MNISTDataModule(DATA), ckpt_path=ckpt_path, weights_only=True)
     return classifier.state_dict()
 
@@ -156,8 +156,8 @@ def test_random_states_of_gpus_are_saved_and_go_back_to_as_many(
     monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: states)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.cuda, "set_rng_state_all", given.extend)
-    torch.save(LastCheckpoint().state_dict(), tmp_path / "state.pt")
-    resumed = LastCheckpoint()
+    torch.save(ResumeCheckpoint().state_dict(), tmp_path / "state.pt")
+    resumed = ResumeCheckpoint()
     resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     assert_same(resumed.random_state, {"cpu": torch.get_rng_state(), "cuda": states})
     resumed.on_train_start(SimpleNamespace(early_stopping_callback=None), None)
@@ -167,10 +167,10 @@ def test_random_states_of_gpus_are_saved_and_go_back_to_as_many(
 def test_kill_while_a_checkpoint_is_written_leaves_a_whole_one(tmp_path: Path):
     path = tmp_path / "last.ckpt"
     program = (
-        "import sys, torch; from common.runs import CheckpointIO\n"
+        "import sys, torch; from common.runs import AtomicCheckpointIO\n"
         "for i in range(10**6):\n"
         "    checkpoint = {'weights': torch.full((5_000_000,), i)}\n"
-        "    CheckpointIO().save_checkpoint(checkpoint, sys.argv[1])\n"
+        "    AtomicCheckpointIO().save_checkpoint(checkpoint, sys.argv[1])\n"
     )
     moments = random.Random(1)
     for _ in range(3):
@@ -203,7 +203,7 @@ def test_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkey
     monkeypatch.setattr(Path, "replace", recording_replace)
     path = tmp_path / "last.ckpt"
     # So small that it is still in the file's buffer if nobody flushes it.
-    CheckpointIO().save_checkpoint({"weights": torch.ones(1)}, str(path))
+    AtomicCheckpointIO().save_checkpoint({"weights": torch.ones(1)}, str(path))
     file = path.stat()
     assert events == [("fsync", file.st_ino, file.st_size), ("rename", file.st_ino, file.st_size)]
 

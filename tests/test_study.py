@@ -189,7 +189,7 @@ def meet(trial: optuna.Trial) -> float:
 
 def test_both_workers_work_and_keep_the_total(tmp_path: Path):
     url = f"sqlite:///{tmp_path}/study.db"
-    run_workers(partial(open_quick, url), [runs_of(meet, 4)] * 2, 4, timeout=300, threads=1)
+    run_workers(partial(open_quick, url), [meet] * 2, BASELINE, 4, timeout=300, seed=0, threads=1)
     assert len(finished(open_quick(url))) == 4
     assert len({trial.user_attrs["worker"] for trial in finished(open_quick(url))}) == 2
 
