@@ -27,10 +27,10 @@ from common.runs import AtomicCheckpointIO, ResumeCheckpoint, open_run
 
 
 def main(
-    hidden_sizes: list[PositiveInt] = [512, 256],  # noqa: B006 - never changed, and --help shows it
+    hidden_sizes: list[PositiveInt] = [768, 384],  # noqa: B006 - never changed, and --help shows it
     activation: Literal["relu", "gelu", "silu", "tanh"] = "gelu",
     dropout: Fraction = 0.0,
-    learning_rate: OpenUnitInterval = 6e-3,
+    learning_rate: OpenUnitInterval = 4e-3,
     weight_decay: NonNegativeFloat = 0.05,
     label_smoothing: Fraction = 0.1,
     augment: bool = True,

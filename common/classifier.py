@@ -28,7 +28,7 @@ class Classifier(pl.LightningModule):
     def __init__(
         self,
         model: MLP | dict[str, Any],
-        learning_rate: float = 6e-3,
+        learning_rate: float = 4e-3,
         weight_decay: float = 0.05,
         label_smoothing: float = 0.1,
     ) -> None:

@@ -31,7 +31,7 @@ class MLP(nn.Module):
 
     def __init__(
         self,
-        hidden_sizes: Sequence[int] = (512, 256),
+        hidden_sizes: Sequence[int] = (768, 384),
         activation: str = "gelu",
         dropout: float = 0.0,
         in_features: int = 28 * 28,

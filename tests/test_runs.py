@@ -251,7 +251,7 @@ def test_bad_checkpoints_are_one_line_and_run_nothing(call, tmp_path: Path):
     other_length = call(main, *SMALL, "--max_epochs", 9, "--ckpt_path", last)
     assert_one_line_error(other_length, "108 steps", "972", "max_epochs")
     other_rate = call(main, *SMALL, "--max_epochs", 1, "--learning_rate", 0.5, "--ckpt_path", last)
-    assert_one_line_error(other_rate, "learning_rate is 0.006, this run's 0.5")
+    assert_one_line_error(other_rate, "learning_rate is 0.004, this run's 0.5")
     assert last.read_bytes() == before
 
 
