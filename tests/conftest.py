@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import psycopg
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -112,7 +113,6 @@ def read_events(run: Path) -> EventAccumulator:
 @pytest.fixture(scope="session")
 def server() -> Iterator[SimpleNamespace]:
     """A PostgreSQL server of our own on loopback: its address, and `stop`, `start` and `execute`."""
-    psycopg = pytest.importorskip("psycopg", reason="pip install -r requirements-postgresql.txt")
     programs = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
     if not programs or not shutil.which("runuser"):
         pytest.skip("no PostgreSQL server is installed (Debian: apt-get install postgresql)")
