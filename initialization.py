@@ -46,7 +46,8 @@ def run_scheme(
 ) -> Result:
     """Gives `model` the weights of one initialization scheme, trains it and returns what was measured on the way."""
     activation = model.arguments["activation"]
-    # The batch that training sees at step 0, as the order depends on seed and epoch alone. lsuv and the theory need it.
+    # The batch that training sees at step 0, as the data module's sampler shuffles by seed and epoch alone. lsuv and
+    # the theory need it.
     images, _ = next(iter(data.train_dataloader()))
     initialize(model, scheme, images)
     untrained = deepcopy(model)  # the theory is of the initial weights, which training changes
@@ -56,27 +57,27 @@ def run_scheme(
         accelerator="cpu",
         max_steps=steps,
         logger=TensorBoardLogger(folder, name=activation, version=scheme, default_hp_metric=False),
-        # Two of them only for TensorBoard and the accuracy; what is compared comes from the recorder and the curve.
+        # MetricsCallback for the accuracy, gradients of the weights for TensorBoard; the rest comes from the others.
         callbacks=[MetricsCallback(), GradientHistogramCallback(every_n_steps=100), recorder, curve],
         num_sanity_val_steps=0,
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=False,
     )
-    # Plain SGD: AdamW divides each gradient by its usual size and would hide how small or large it is.
+    # SGD with momentum: AdamW divides each gradient by its usual size and would hide how small or large it is.
     classifier = SGDClassifier(model, learning_rate, label_smoothing=0.0)
     trainer.fit(classifier, data)
     [validation] = trainer.validate(classifier, data, verbose=False)
 
     preactivations = recorder.at_start("preactivation_std")
-    gradients = recorder.at_start("backpropagated_std")  # of the loss by the pre-activations, not by the weights
+    gradients = recorder.at_start("backpropagated_std")  # with respect to pre-activations, not weights
     return Result(
         activation=activation,
         scheme=scheme,
         losses=curve.losses,
         accuracy=validation["accuracy/val"],
         activation_stds=recorder.at_start("activation_std"),
-        defects=recorder.at_start(f"activation_{DEFECTS[activation]}"),  # share of dead units or saturated outputs
+        defects=recorder.at_start(f"activation_{DEFECTS[activation]}"),  # dead units, or saturated outputs
         measured_stds={"preactivations": preactivations, "gradients": gradients},
         # The theory of gradients goes from layer to layer, and starts from the measured gradient at the logits.
         predicted_stds=predict_stds(untrained, images, gradients[-1]),
@@ -147,7 +148,7 @@ def main(
 
 
 def print_table(results: list[Result]) -> None:
-    """Prints a table for each activation: std in the first and last hidden layer, share as the mean of all of them."""
+    """Prints a table for each activation: std in the first and the last hidden layer, share as the mean over all."""
     for activation in dict.fromkeys(result.activation for result in results):
         print(
             f"\n{activation:16} {'loss at step 0':>14}  {'activation std':^20}  {'gradient std':^20}"

@@ -89,11 +89,11 @@ def main(
     data = MNISTDataModule(data_dir, batch_size, seed, augment=augment and not overfit_batches)
     model = MLP(hidden_sizes, activation, dropout)
     classifier = Classifier(model, learning_rate, weight_decay, label_smoothing)
-    # Ours, not Lightning's: a new folder logs/main/version_N, or a checkpoint to go on from with these hyperparameters.
+    # Ours, not Lightning's: makes the folder logs/main/version_N, finds "last", refuses a run of other hyperparameters.
     run = open_run(Path(log_dir, "main"), ckpt_path, classifier.hparams, fast_dev_run)
     # purge_step: TensorBoard drops what was logged after that checkpoint, as those steps are done again.
     logger = TensorBoardLogger(log_dir, name="main", version=run.version, purge_step=run.step, default_hp_metric=False)
-    # Lightning would save right after validation, before the epoch ends and FiniteLossCallback looks at the losses.
+    # By default it saves after validation; at the end of the epoch, FiniteLossCallback (below) has stopped a NaN run.
     best = ModelCheckpoint(monitor="accuracy/val", mode="max", save_on_train_epoch_end=True)
     callbacks = [
         MetricsCallback(),  # logs the accuracy/val that others monitor
@@ -103,7 +103,7 @@ def main(
         EarlyStopping(monitor="accuracy/val", mode="max", patience=max_epochs if overfit_batches else patience),
         FiniteLossCallback(),  # ends a run whose loss is NaN or infinite
         best,  # keeps the epoch that is tested
-        ResumeCheckpoint(run.ckpt_path),  # ours: keeps the latest epoch, for "--ckpt_path last", and restores from it
+        ResumeCheckpoint(run.ckpt_path),  # ours: saves last.ckpt each epoch; restores what trainer.fit leaves out
         TQDMProgressBar(refresh_rate=20),
         *([ActivationHistogramCallback()] if activation_histograms else []),
     ]
@@ -135,7 +135,7 @@ def main(
 @rank_zero_only
 def print_summary(trainer: pl.Trainer, accuracy: float, best_model_path: str) -> None:
     if reason := trainer.early_stopping_callback.stopping_reason_message:
-        print(f"\nstopped early    {' '.join(reason.split())}")
+        print(f"\nstopped early    {' '.join(reason.split())}")  # it may span lines
     print(f"\ntest accuracy    {accuracy:.2%}")
     if best_model_path:  # a fast_dev_run saves nothing
         print(f"best checkpoint  {best_model_path}")

@@ -5,7 +5,7 @@ python sweep.py --workers 2
 python sweep.py --storage postgresql+psycopg://user@host/database    (the same command on each machine)
 
 For one process, `optuna.create_study` and `study.optimize(objective, n_trials=20)` would do. Read the search space
-first, then `objective`, which trains one trial. `common/study.py` calls both of these for several workers.
+first, then `objective`, which trains one trial. `common/study.py` makes these two calls for several workers.
 """
 
 from functools import partial
@@ -64,9 +64,10 @@ PRUNER = optuna.pruners.PercentilePruner(33.3, n_startup_trials=1)
 class PruningCallback(pl.Callback):
     """Reports the accuracy of each validation to the trial, and stops a training that the study's pruner gives up.
 
-    It stops the Trainer as EarlyStopping does, on all processes together. The trial's attribute `pruned` then tells
-    the objective to raise `optuna.TrialPruned`. Optuna's own callback is made for the package `lightning`, whose
-    Callback is another class than that of `pytorch_lightning`.
+    It stops the Trainer as EarlyStopping does, on all processes together. With several devices these are not the
+    objective's own process, so the trial's attribute `pruned` tells the objective to raise `optuna.TrialPruned`.
+    Optuna's own callback is made for the package `lightning`, whose Callback is another class than that of
+    `pytorch_lightning`.
     """
 
     def __init__(self, trial: optuna.Trial) -> None:
@@ -130,8 +131,8 @@ def objective(
     )
     trainer.fit(classifier, data)
 
-    # With several devices, child processes have trained. They bring back the path of the best checkpoint and not its
-    # accuracy, so both are read from the study, where PruningCallback has reported them.
+    # With several devices, child processes have trained. From them Lightning brings back the checkpoint's path and no
+    # more: accuracy and `pruned` are read from the study, where PruningCallback has put them.
     recorded = trial.study.get_trials(deepcopy=False)[trial.number]
     accuracy, pruned = max(recorded.intermediate_values.values()), recorded.user_attrs["pruned"]
     logger.log_hyperparams(chosen | {"pruned": pruned}, {"accuracy/best": accuracy})
@@ -178,11 +179,11 @@ def main(
     data = MNISTDataModule(data_dir, seed=seed)
     data.prepare_data()  # here, so that missing data ends the program and not every trial
 
-    # optuna.create_study(load_if_exists=True), which also refuses a study of another space or of other epochs. It is
-    # bound and not only called, because each worker opens the study for itself.
+    # optuna.create_study(load_if_exists=True), and a check of ours that refuses a study of another space or of other
+    # epochs. A partial, because each worker calls it for itself.
     open_this_study = partial(open_study, url, study_name, PRUNER, suggest_hyperparameters, max_epochs)
     study = open_this_study()
-    # Ends the program if the machine lacks these devices, which would fail every trial. It also says what "auto" means.
+    # A Trainer raises if the machine lacks these devices: better here than in every trial. It also resolves "auto".
     probe = pl.Trainer(accelerator=accelerator, devices=devices, logger=False, enable_checkpointing=False)
     gpus = torch.cuda.device_count() if isinstance(probe.accelerator, CUDAAccelerator) else 0
 
@@ -203,10 +204,11 @@ def main(
     ]
     # An equal share of the threads that torch takes by default.
     threads = max(1, torch.get_num_threads() // (workers * devices))
-    # Ours, not Optuna's: each worker calls study.optimize(its objective, n_trials=1) until the study has n_trials.
+    # Ours, not Optuna's: each worker calls study.optimize(its objective, n_trials=1) until the study has n_trials, so
+    # that all of them together run exactly so many.
     run_workers(open_this_study, objectives, BASELINE, n_trials, timeout, seed, threads)
 
-    # It calls suggest_hyperparameters with finished trials, which gives what they have tried.
+    # It calls suggest_hyperparameters again, with what a finished trial has stored, for the options of main.py.
     best = report(study, suggest_hyperparameters, BASELINE, folder)
     if best:  # there is none if no trial was completed
         test_best(study, best, data, folder, accelerator)
@@ -226,10 +228,11 @@ def devices_of(worker: int, devices: int, gpus: int) -> int | list[int]:
 def test_best(
     study: optuna.Study, best: optuna.trial.FrozenTrial, data: MNISTDataModule, folder: Path, accelerator: str
 ) -> None:
-    """Tests the best trial's checkpoint, once in the study's life, and says where it lies."""
-    label = f"test accuracy of trial {best.number}"  # remembered, so that a continued study does not test it again
+    """Tests the best trial's checkpoint, unless the study has the result already, and says where it lies."""
+    label = f"test accuracy of trial {best.number}"  # the study's attribute that keeps the result
     path = Path(best.user_attrs["checkpoint"])
-    # The machine that trained it has recorded the path. On this one the file may be missing, or be of another study.
+    # The path was recorded where it was trained. Here there may be no such file, or one of another study in another
+    # folder: only one in this study's folder counts.
     here = path.exists() and path.absolute().is_relative_to(folder.absolute())
     if here and label not in study.user_attrs:
         classifier = Classifier.load_from_checkpoint(path, weights_only=True)

@@ -16,7 +16,7 @@ from common.model import ACTIVATIONS
 
 
 class ActivationHistogramCallback(pl.Callback):
-    """Records what goes through each layer in training, by forward hooks, which also hang a hook on the way back.
+    """Records what goes through each layer in training, by forward hooks, which also set a hook for the gradient.
 
     `{what}/{name}` is a histogram, `{what}_mean/{name}` and `{what}_std/{name}` are scalars, where `what` is
 
@@ -28,7 +28,7 @@ class ActivationHistogramCallback(pl.Callback):
       slope is less than 2 %.
 
     Args:
-        every_n_steps: as of `GradientHistogramCallback`.
+        every_n_steps: it records at the steps 0, n, 2n and so on, because it costs more than the training.
 
     Attributes:
         history: the same scalars, as `history[step]["activation_std/{name}"]`.
@@ -109,7 +109,7 @@ class ActivationHistogramCallback(pl.Callback):
             self._write(trainer, scalars)
 
     def _record(self, trainer: pl.Trainer, what: str, name: str, values: Tensor) -> None:
-        if self.history.keys() <= {trainer.global_step}:  # still the first recorded step
+        if self.history.keys() <= {trainer.global_step}:  # nothing recorded yet, or this step only
             self.first_values[f"{what}/{name}"] = values
         self._write(trainer, mean_and_std(what, name, values))
         if self.writer and values.isfinite().all():
@@ -150,7 +150,7 @@ class LossCurveCallback(pl.Callback):
         self.losses += losses
 
 
-# The units that an activation makes useless, as the callback below names them.
+# What can go wrong with an activation, as ActivationHistogramCallback names it.
 DEFECTS = {"tanh": "saturated", "relu": "dead"}
 
 

@@ -133,7 +133,7 @@ class TestPicturesCallback(pl.Callback):
             axis.axis("off")
         for axis, i in zip(axes.flat, wrong[: self.num_mistakes], strict=False):
             axis.imshow(images[i].squeeze(), cmap="gray_r")
-            axis.set_title(f"{y[i]:.0f} taken for {y_pred[i]:.0f}", fontsize=9)
+            axis.set_title(f"{y[i]:.0f} taken for {y_pred[i]:.0f}", fontsize=9)  # CatMetric makes floats of them
         return figure
 
 
@@ -143,7 +143,7 @@ def histogram_writer_or_warning(trainer: pl.Trainer, callback: pl.Callback) -> S
     if hasattr(writer, "add_histogram"):
         return writer
     rank_zero_warn(
-        f"{type(callback).__name__} records nothing: {type(trainer.logger).__name__} has no add_histogram."
+        f"{type(callback).__name__} writes nothing into the log: {type(trainer.logger).__name__} has no add_histogram."
         " TensorBoardLogger has."
     )
     return None
@@ -201,7 +201,8 @@ class FiniteLossCallback(pl.Callback):
     def on_train_epoch_end(self, trainer, pl_module) -> None:
         for name, loss in sorted(trainer.callback_metrics.items()):
             if name.startswith("loss/") and not loss.isfinite():
-                # The latest one: `main.py` lists ResumeCheckpoint last, whose best model is always its latest.
+                # Of the last callback that has saved one. In `main.py` that is ResumeCheckpoint: it comes after the
+                # other one, monitors nothing, and so calls its latest checkpoint its best.
                 saved = [callback.best_model_path for callback in reversed(trainer.checkpoint_callbacks)]
                 raise FloatingPointError(
                     f"{name} is {loss.item()} after step {trainer.global_step}; last good checkpoint:"

@@ -59,14 +59,13 @@ class Classifier(pl.LightningModule):
         images, y = batch
         y_pred = self(images)
         loss = F.cross_entropy(y_pred, y, label_smoothing=self.hparams.label_smoothing if stage == "train" else 0.0)
-        # batch_size is the batch's weight in the mean of the epoch. A float, because Lightning adds these up, takes the
-        # mean over processes and rounds that of integers down: 10,000 images on 3 processes would weigh 3 * 3,333.
+        # batch_size is the weight of this batch in the mean of the epoch. A float, because Lightning averages the sum
+        # of the weights over processes, and rounds the average of integers down: 10,000 / 3 to 3,333.
         self.log(f"loss/{stage}", loss, on_step=False, on_epoch=True, batch_size=float(len(y)), sync_dist=True)
         return {"loss": loss, "y": y, "y_pred": y_pred.detach()}
 
     def configure_optimizers(self) -> dict[str, Any]:
-        # Fused only without mixed precision: there Lightning neither clips a fused optimizer's gradients nor takes the
-        # loss scale off them.
+        # Not fused with mixed precision: Lightning then neither clips the gradients nor takes the loss scale off them.
         fused = "mixed" not in self.trainer.precision
         optimizer = torch.optim.AdamW(
             self.parameters(), lr=self.hparams.learning_rate, weight_decay=self.hparams.weight_decay, fused=fused
@@ -79,7 +78,7 @@ class Classifier(pl.LightningModule):
 
 
 class SGDClassifier(Classifier):
-    """The same with stochastic gradient descent and momentum 0.9 at a constant learning rate.
+    """The same with stochastic gradient descent and momentum 0.9 at a constant learning rate, without weight decay.
 
     It shows what initialization does. AdamW divides each weight's gradient by its usual size and so hides how small or
     how large the gradients are.

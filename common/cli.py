@@ -38,7 +38,8 @@ def run_from_command_line(main: Callable[..., object], arguments: Sequence[str] 
     """
     parser = OneLineParser(description=main.__doc__.splitlines()[0])
     parser.add_function_arguments(main, as_group=False)
-    # JSON turns jsonargparse's PositiveInt into a plain int, as torch.load's safe mode refuses other classes.
+    # JSON turns jsonargparse's PositiveInt into a plain int. Options get into checkpoints, and torch.load's safe mode
+    # refuses other classes there.
     options = json.loads(parser.dump(parser.parse_args(arguments), format="json"))
     try:
         main(**options)

@@ -49,7 +49,7 @@ class TensorBatches(Dataset):
         return self.images[index], self.labels[index]
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        # Without non_blocking, copying the indices to a GPU waits for all its work. On a Mac's GPU it is not safe.
+        # With non_blocking the copy to a GPU does not wait for the GPU's other work. On a Mac's GPU that is not safe.
         return self[torch.tensor(indices).to(self.labels.device, non_blocking=self.labels.is_cuda)]
 
 
@@ -58,7 +58,7 @@ def random_affine(images: Tensor, distortion: float = 0.15, shift: float = 1.0) 
 
     Where the result has a pixel at (x, y) from the center, the image is read at M (x, y) + s, interpolated between
     four pixels; beyond the edge it goes on as at the edge. M is the identity plus noise in each of its four entries:
-    on the diagonal that stretches an axis, beside it shears, and with opposite signs beside it rotates.
+    on the diagonal that stretches an axis, off the diagonal it shears, and with opposite signs there it rotates.
 
     Args:
         images: of any floating-point type, which the result has too.
@@ -157,13 +157,13 @@ class MNISTDataModule(pl.LightningDataModule):
         return self.test_dataloader()
 
     def _loader(self, dataset: TensorBatches, sampler_class: type[DistributedSampler], **sampler_options) -> DataLoader:
-        # On one process too, as the order of a DistributedSampler is a function of seed and epoch (Lightning calls
-        # set_epoch): the same in a resumed run. In evaluation Lightning would take one that repeats samples to make the
-        # shares of processes equal; this one counts each sample once.
+        # A DistributedSampler even on one process: its order is a function of seed and epoch, for which Lightning calls
+        # set_epoch, and so the same in a resumed run. Lightning keeps a sampler of this kind. For evaluation it would
+        # choose one that repeats samples to make the shares of processes equal; the unrepeated one counts each once.
         world_size, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         sampler = sampler_class(dataset, num_replicas=world_size, rank=rank, **sampler_options)
-        # Not for the order, which the sampler decides: a DataLoader draws a seed in each pass. Drawn from torch's own
-        # generator, it would shift dropout and augmentation in a resumed run, which skips the passes that are done.
+        # A DataLoader draws a seed in each pass, though here nothing needs it. Drawn from torch's own generator, it
+        # would shift dropout and augmentation in a resumed run, which skips the passes that are done.
         generator = torch.Generator()
         return DataLoader(
             dataset, batch_size=self.batch_size, sampler=sampler, generator=generator, collate_fn=lambda batch: batch

@@ -16,7 +16,10 @@ def zeros(linear: nn.Linear, activation: str, inputs: Tensor) -> None:
 
 
 def constant(linear: nn.Linear, activation: str, inputs: Tensor) -> None:
-    """All weights 1 / fan_in: every unit is the mean of its inputs, so only the symmetry is wrong, not the scale."""
+    """All weights 1 / fan_in: every unit is the mean of its inputs, so signals keep their scale.
+
+    All logits are the same at step 0, and so the gradients cancel in the layers before.
+    """
     nn.init.constant_(linear.weight, 1 / linear.in_features)
 
 

@@ -121,7 +121,7 @@ def draw_histograms(results: list[Result], what: Literal["activations", "gradien
             if shown.size:
                 counts, edges = np.histogram(shown, bins=40, range=(-1, 1) if linear else None)
                 axis.stairs(counts / counts.max(), edges, color=colors[layer])
-        if not axis.patches:
+        if not axis.patches:  # nothing was drawn
             axis.text(0.5, 0.5, "all are 0", transform=axis.transAxes, ha="center", color="gray")
             axis.set_xticks([])
         elif linear:

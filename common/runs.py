@@ -26,7 +26,7 @@ class Run:
 
 
 def open_run(folder: Path, ckpt_path: str | None, hparams: Mapping[str, Any], fast_dev_run: int | bool = False) -> Run:
-    """Makes the folder of a new run, or finds the newest run if `ckpt_path` is "last".
+    """Makes the folder of a new run, or finds the newest one to go on with if `ckpt_path` is "last" and there is one.
 
     Raises:
         OSError, MisconfigurationException: if the checkpoint cannot be resumed. Nothing has been written then.
@@ -38,7 +38,8 @@ def open_run(folder: Path, ckpt_path: str | None, hparams: Mapping[str, Any], fa
         version = max(started, default=None)
         last = folder / f"version_{version}" / "checkpoints" / "last.ckpt"
         ckpt_path = str(last) if last.exists() else None
-    # The first process alone logs, tells the others where checkpoints go, and needs to have the checkpoint's file.
+    # The first process alone logs, tells the others where checkpoints go, and needs to have the checkpoint's file. So
+    # nobody reads the version of the others.
     if rank_zero_only.rank != 0:
         return Run(version or 0, ckpt_path)
     step = resumable_step(ckpt_path, hparams) if ckpt_path else 0
@@ -148,12 +149,15 @@ class ResumeCheckpoint(ModelCheckpoint):
 
     def setup(self, trainer, pl_module, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        resumes, agree = self.ckpt_path is not None, trainer.strategy.reduce_boolean_decision
-        # All processes ask, so all of them raise: one that went on alone would wait for the others for ever.
-        if stage == "fit" and agree(resumes, all=False) and not agree(resumes, all=True):
-            raise MisconfigurationException(
-                "only some hosts have found a last checkpoint: give --ckpt_path the path that it has on the first one"
-            )
+        if stage == "fit":
+            resumes = self.ckpt_path is not None
+            some = trainer.strategy.reduce_boolean_decision(resumes, all=False)
+            every = trainer.strategy.reduce_boolean_decision(resumes, all=True)
+            if some and not every:  # all processes raise: one that went on alone would wait for the others for ever
+                raise MisconfigurationException(
+                    "only some hosts have found a last checkpoint:"
+                    " give --ckpt_path the path that it has on the first one"
+                )
 
     def state_dict(self) -> dict[str, Any]:
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
@@ -166,7 +170,7 @@ class ResumeCheckpoint(ModelCheckpoint):
     def on_load_checkpoint(self, trainer, pl_module, checkpoint: dict[str, Any]) -> None:
         # Lightning calls this before it restores any callback, so all of them get what is written here.
         if trainer.state.fn != "fit":
-            # A test needs no callback's state, in which a path may be wrong after a move.
+            # A test needs no callback's state, and its paths may be out of date.
             checkpoint["callbacks"] = {}
             return
         stored, requested = checkpoint["lr_schedulers"][0]["total_steps"], trainer.estimated_stepping_batches
@@ -196,13 +200,14 @@ class ResumeCheckpoint(ModelCheckpoint):
         super().on_exception(trainer, pl_module, exception)
         # Ctrl-C and SIGTERM; an error speaks for itself.
         if isinstance(exception, KeyboardInterrupt | SystemExit) and trainer.is_global_zero:
+            # It monitors nothing, so its best model is its latest.
             print(f"\nstopped; --ckpt_path last goes on from {self.best_model_path or 'the start'}")
 
 
 def find_best_again(state: dict[str, Any], callback: ModelCheckpoint, ckpt_path: str) -> None:
     """Writes into the saved state of a `ModelCheckpoint` where its best model lies now.
 
-    With a `dirpath` other than its own `ModelCheckpoint` forgets the best model: after a move, from another working
+    `ModelCheckpoint` forgets the best model if the saved `dirpath` is not its own: after a move, from another working
     directory, or where a new run goes on with an old checkpoint.
     """
     state["dirpath"] = callback.dirpath
@@ -213,6 +218,6 @@ def find_best_again(state: dict[str, Any], callback: ModelCheckpoint, ckpt_path:
         if not Path(path).is_file():
             state.clear()  # gone: start without a best model
             return
-        # It keeps a single model (save_top_k=1): the best one and the next to go.
+        # One model is kept (save_top_k=1), so the best is also the k-th best.
         kept = {path: state["best_model_score"]}
         state |= {"best_model_path": path, "kth_best_model_path": path, "best_k_models": kept}

@@ -58,7 +58,7 @@ class SharedStorage(optuna.storages.RDBStorage):
 
 
 class LostTrial(BaseException):
-    """Leaves `study.optimize` and the trial as running; with any `Exception` Optuna would mark the trial as failed.
+    """Ends `study.optimize` but not the trial, which stays RUNNING; on an `Exception` Optuna would mark it as failed.
 
     A running trial without heartbeats is run again.
     """
@@ -115,7 +115,8 @@ def open_study(
     if stored != max_epochs:
         raise MisconfigurationException(f"study {study_name!r} has max_epochs {stored}; take another --study_name")
     study.set_user_attr("max_epochs", max_epochs)
-    # A study in memory asks for the parameters of each stored trial again, to compare the spaces they were taken from.
+    # `space` is called again with each stored trial's values, in a study that is thrown away. If it asks for other
+    # parameters or ranges than are stored, the space has changed.
     blank = optuna.create_study()
     for trial in study.get_trials(deepcopy=False):
         blank.enqueue_trial(trial.params)
@@ -157,7 +158,8 @@ def run_trial(
     number = trial.number if number is None else number
     # Optuna asks the sampler at each suggest_...(), so a sampler set now serves this trial. Its seed is a function of
     # seed and number, so that neither a continued study nor a second worker repeats suggestions. Their sum would not
-    # do: the trials of seed 1 would be those of seed 0, one later.
+    # do: the trials of seed 1 would be those of seed 0, one later. constant_liar keeps it away from what other workers
+    # are just trying.
     sampler_seed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
     trial.study.sampler = optuna.samplers.TPESampler(seed=sampler_seed, constant_liar=True)
     if baseline and number == 0:
@@ -168,8 +170,8 @@ def run_trial(
     except optuna.TrialPruned:
         raise
     except KeyboardInterrupt as interrupt:
-        # Optuna marks a trial as failed on KeyboardInterrupt too, but not on SystemExit. Lightning turns Ctrl-C into
-        # that one, so that the trial stays open and is run again.
+        # On KeyboardInterrupt Optuna would mark the trial as failed, and nobody would run it again. In a fit, Lightning
+        # turns Ctrl-C into SystemExit; outside a fit, this does.
         raise SystemExit(1) from interrupt
     except (UpdateFinishedTrialError, *STORAGE_ERRORS) as error:
         raise LostTrial from error
@@ -225,8 +227,8 @@ def run_one(
         time.sleep(1)
         optuna.storages.fail_stale_trials(study)
         for trial in unfinished:
-            # Optuna never takes a trial without any heartbeat for dead, but its worker may have died before the first.
-            # So each trial gets one from here, once.
+            # Its worker may have died before the first heartbeat, and Optuna takes no trial without any for dead. One
+            # from here lets it grow stale.
             if trial.number not in given_heartbeat:
                 study._storage.record_heartbeat(trial._trial_id)
                 given_heartbeat.add(trial.number)
@@ -251,8 +253,8 @@ def run_workers(
         for objective in objectives
     ]
     context, deadline = multiprocessing.get_context("spawn"), time.time() + timeout
-    # A terminal sends Ctrl-C to all processes. The others ignore it, as this one does while it starts them, and this
-    # one ends them.
+    # A terminal sends Ctrl-C to all processes. A process inherits that its parent ignores it: so this one does while it
+    # starts the others, and afterwards heeds it and ends them.
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     others = [
         context.Process(target=run_worker, args=(open_study, run_next, n_trials, deadline, threads, False))
