@@ -72,9 +72,11 @@ def save_pictures(study: optuna.Study, folder: Path) -> None:
         "intermediate_values": draw_intermediate_values(study),
         "history": plots.plot_optimization_history(study).figure,
         "parallel_coordinate": plots.plot_parallel_coordinate(study, params=shared).figure,
-        # Not Optuna's default evaluator, which needs scikit-learn.
-        "importances": plots.plot_param_importances(study, evaluator=PedAnovaImportanceEvaluator()).figure,
     }
+    if len(study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])) > 1:
+        # Not Optuna's default evaluator, which needs scikit-learn.
+        importances = plots.plot_param_importances(study, evaluator=PedAnovaImportanceEvaluator())
+        pictures["importances"] = importances.figure
     for axis in pictures["parallel_coordinate"].axes:
         axis.grid(False)  # a grid for each parameter would hide the trials
     for name, figure in pictures.items():

@@ -164,7 +164,7 @@ def retried(study: optuna.Study) -> list[int]:
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
 def test_trial_of_a_killed_worker_is_run_again(kind: str, tmp_path: Path, request: pytest.FixtureRequest):
     storage = f"sqlite:///{tmp_path}/study.db" if kind == "sqlite" else request.getfixturevalue("postgresql")
-    options = ["--storage", storage, "--n_trials", "3", "--workers", "2", "--max_epochs", "1"]
+    options = ["--storage", storage, "--n_trials", "6", "--workers", "2", "--max_epochs", "1"]
     sweeping = start_script(tmp_path, "sweep.py", *options)
     running = wait_for_two(sweeping, storage)  # one for each, so that the child has one to lose
     os.kill(child_of(sweeping), signal.SIGKILL)
@@ -172,7 +172,7 @@ def test_trial_of_a_killed_worker_is_run_again(kind: str, tmp_path: Path, reques
     assert sweeping.returncode == 0, errors
 
     study = load(storage)
-    assert len(finished(study)) == 3
+    assert len(finished(study)) == 6
     [number] = retried(study)
     assert number in {trial.number for trial in running}
     [retry] = [t for t in study.trials if RetryHeartbeatStaleTrialCallback.retried_trial_number(t) == number]
@@ -183,7 +183,7 @@ def test_trial_of_a_killed_worker_is_run_again(kind: str, tmp_path: Path, reques
 
 def test_worker_that_was_stopped_goes_on(tmp_path: Path):
     storage = f"sqlite:///{tmp_path}/study.db"
-    options = ["--storage", storage, "--n_trials", "3", "--workers", "2", "--max_epochs", "1"]
+    options = ["--storage", storage, "--n_trials", "6", "--workers", "2", "--max_epochs", "1"]
     sweeping = start_script(tmp_path, "sweep.py", *options)
     wait_for_two(sweeping, storage)
     time.sleep(0.5)
@@ -195,7 +195,7 @@ def test_worker_that_was_stopped_goes_on(tmp_path: Path):
     assert sweeping.returncode == 0, errors
     assert "Traceback" not in errors
     assert "full length:" in output
-    assert len(finished(load(storage))) == 3
+    assert len(finished(load(storage))) == 6
 
 
 def test_hopeless_trials_are_pruned_and_broken_ones_recorded(script, tmp_path: Path):
@@ -300,7 +300,7 @@ def test_trial_interrupted_before_its_training_is_not_called_failed():
         (["--accelerator", "abacus"], ["accelerator", "'cpu'"]),
         (["--accelerator", "mps" if torch.cuda.is_available() else "cuda"], ["accelerator is not available"]),
         (["--seed", "-3"], ["seed", "v>=0"]),
-        (["--trials", "3"], ["unrecognized", "--trials"]),
+        (["--trials", "3"], ["recognized", "--trials"]),
         (["--workers", "-1"], ["workers", "v>0"]),
         (["--timeout", "0"], ["timeout", "v>0"]),
         (["--storage", "carrier-pigeon://loft"], ["carrier-pigeon"]),
