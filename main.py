@@ -93,7 +93,7 @@ def main(
     run = open_run(Path(log_dir, "main"), ckpt_path, classifier.hparams, fast_dev_run)
     # purge_step: TensorBoard drops what was logged after that checkpoint, as those steps are done again.
     logger = TensorBoardLogger(log_dir, name="main", version=run.version, purge_step=run.step, default_hp_metric=False)
-    # By default it saves after validation; at the end of the epoch, FiniteLossCallback (below) has stopped a NaN run.
+    # By default it saves after validation. At the end of the epoch, FiniteLossCallback (below) has ended a NaN run.
     best = ModelCheckpoint(monitor="accuracy/val", mode="max", save_on_train_epoch_end=True)
     callbacks = [
         MetricsCallback(),  # logs the accuracy/val that others monitor
