@@ -6,7 +6,7 @@ tensorboard --logdir logs/initialization
 
 Each layer multiplies the variance of the signal by about fan_in * Var(w) times what the activation lets through, and
 that of the gradient by about fan_out * Var(w) times the mean of the activation's squared slope. Where such a factor is
-far below 1, signal or gradient vanish with depth. Where it is far above 1, they explode, or tanh saturates.
+clearly below 1, signal or gradient vanish with depth. Where it is clearly above 1, they explode, or tanh saturates.
 
 Read `run_scheme` first: one training, with callbacks that measure it. Then `main`, which compares all of them.
 docs/initialization.md explains the results.
@@ -50,7 +50,7 @@ def run_scheme(
     # the theory need it.
     images, _ = next(iter(data.train_dataloader()))
     initialize(model, scheme, images)
-    untrained = deepcopy(model)  # the theory is of the initial weights, which training changes
+    untrained = deepcopy(model)  # for the theory, which also needs a gradient that training measures
 
     recorder, curve = ActivationHistogramCallback(every_n_steps=100), LossCurveCallback()
     trainer = pl.Trainer(
@@ -67,6 +67,7 @@ def run_scheme(
     # SGD with momentum: AdamW divides each gradient by its usual size and would hide how small or large it is.
     classifier = SGDClassifier(model, learning_rate, label_smoothing=0.0)
     trainer.fit(classifier, data)
+    # By hand, as fit validates at the end of an epoch and steps may be fewer.
     [validation] = trainer.validate(classifier, data, verbose=False)
 
     preactivations = recorder.at_start("preactivation_std")
@@ -148,7 +149,9 @@ def main(
 
 
 def print_table(results: list[Result]) -> None:
-    """Prints a table for each activation: std in the first and the last hidden layer, share as the mean over all."""
+    """Prints a table for each activation: std in the first and the last hidden layer, share of dead units or saturated
+    outputs as a mean over all hidden layers.
+    """
     for activation in dict.fromkeys(result.activation for result in results):
         print(
             f"\n{activation:16} {'loss at step 0':>14}  {'activation std':^20}  {'gradient std':^20}"

@@ -89,11 +89,11 @@ def main(
     data = MNISTDataModule(data_dir, batch_size, seed, augment=augment and not overfit_batches)
     model = MLP(hidden_sizes, activation, dropout)
     classifier = Classifier(model, learning_rate, weight_decay, label_smoothing)
-    # Ours, not Lightning's: makes the folder logs/main/version_N, finds "last", refuses a run of other hyperparameters.
+    # Ours: makes the folder logs/main/version_N, finds "last", refuses a checkpoint that has other hyperparameters.
     run = open_run(Path(log_dir, "main"), ckpt_path, classifier.hparams, fast_dev_run)
-    # purge_step: TensorBoard drops what was logged after that checkpoint, as those steps are done again.
+    # purge_step: in a resumed run, TensorBoard drops what was logged after the checkpoint, as it is done again.
     logger = TensorBoardLogger(log_dir, name="main", version=run.version, purge_step=run.step, default_hp_metric=False)
-    # By default it saves after validation. At the end of the epoch, FiniteLossCallback (below) has ended a NaN run.
+    # Saves at the end of the epoch, where FiniteLossCallback (below) has ended a NaN run; by default it is too early.
     best = ModelCheckpoint(monitor="accuracy/val", mode="max", save_on_train_epoch_end=True)
     callbacks = [
         MetricsCallback(),  # logs the accuracy/val that others monitor
@@ -103,7 +103,7 @@ def main(
         EarlyStopping(monitor="accuracy/val", mode="max", patience=max_epochs if overfit_batches else patience),
         FiniteLossCallback(),  # ends a run whose loss is NaN or infinite
         best,  # keeps the epoch that is tested
-        ResumeCheckpoint(run.ckpt_path),  # ours: saves last.ckpt each epoch; restores what trainer.fit leaves out
+        ResumeCheckpoint(run.ckpt_path),  # ours: saves last.ckpt each epoch; also restores the random state
         TQDMProgressBar(refresh_rate=20),
         *([ActivationHistogramCallback()] if activation_histograms else []),
     ]

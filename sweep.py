@@ -64,8 +64,8 @@ PRUNER = optuna.pruners.PercentilePruner(33.3, n_startup_trials=1)
 class PruningCallback(pl.Callback):
     """Reports the accuracy of each validation to the trial, and stops a training that the study's pruner gives up.
 
-    It stops the Trainer as EarlyStopping does, on all processes together. With several devices these are not the
-    objective's own process, so the trial's attribute `pruned` tells the objective to raise `optuna.TrialPruned`.
+    It stops the Trainer as EarlyStopping does, on all processes together. With several devices, child processes train
+    (`ddp_spawn` in `main`), so the trial's attribute `pruned` tells the objective to raise `optuna.TrialPruned`.
     Optuna's own callback is made for the package `lightning`, whose Callback is another class than that of
     `pytorch_lightning`.
     """
@@ -120,7 +120,7 @@ def objective(
         strategy=strategy,
         logger=logger,
         callbacks=[
-            MetricsCallback(),  # logs the accuracy/val that the others monitor
+            MetricsCallback(),  # logs the accuracy/val that the last three use
             FiniteLossCallback(),
             EarlyStopping(monitor="accuracy/val", mode="max", patience=patience),
             PruningCallback(trial),
@@ -131,8 +131,8 @@ def objective(
     )
     trainer.fit(classifier, data)
 
-    # With several devices, child processes have trained. From them Lightning brings back the checkpoint's path and no
-    # more: accuracy and `pruned` are read from the study, where PruningCallback has put them.
+    # With several devices, child processes have trained. From them Lightning brings back the checkpoint's path, but not
+    # the best accuracy or `pruned`: these are read from the study, where PruningCallback has put them.
     recorded = trial.study.get_trials(deepcopy=False)[trial.number]
     accuracy, pruned = max(recorded.intermediate_values.values()), recorded.user_attrs["pruned"]
     logger.log_hyperparams(chosen | {"pruned": pruned}, {"accuracy/best": accuracy})
@@ -205,10 +205,10 @@ def main(
     # An equal share of the threads that torch takes by default.
     threads = max(1, torch.get_num_threads() // (workers * devices))
     # Ours, not Optuna's: each worker calls study.optimize(its objective, n_trials=1) until the study has n_trials, so
-    # that all of them together run exactly so many.
+    # that all of them together run exactly so many. It also seeds a sampler for each trial and gives trial 0 BASELINE.
     run_workers(open_this_study, objectives, BASELINE, n_trials, timeout, seed, threads)
 
-    # It calls suggest_hyperparameters again, with what a finished trial has stored, for the options of main.py.
+    # To get back the options of main.py, `report` calls suggest_hyperparameters with what a finished trial has stored.
     best = report(study, suggest_hyperparameters, BASELINE, folder)
     if best:  # there is none if no trial was completed
         test_best(study, best, data, folder, accelerator)
@@ -231,8 +231,8 @@ def test_best(
     """Tests the best trial's checkpoint, unless the study has the result already, and says where it lies."""
     label = f"test accuracy of trial {best.number}"  # the study's attribute that keeps the result
     path = Path(best.user_attrs["checkpoint"])
-    # The path was recorded where it was trained. Here there may be no such file, or one of another study in another
-    # folder: only one in this study's folder counts.
+    # Another machine may have trained it. Here its path may lead to nothing, or to a file of another study, so only one
+    # in this study's folder counts.
     here = path.exists() and path.absolute().is_relative_to(folder.absolute())
     if here and label not in study.user_attrs:
         classifier = Classifier.load_from_checkpoint(path, weights_only=True)

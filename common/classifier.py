@@ -65,7 +65,7 @@ class Classifier(pl.LightningModule):
         return {"loss": loss, "y": y, "y_pred": y_pred.detach()}
 
     def configure_optimizers(self) -> dict[str, Any]:
-        # Not fused with mixed precision: Lightning then neither clips the gradients nor takes the loss scale off them.
+        # With mixed precision, Lightning neither clips a fused optimizer's gradients nor takes the loss scale off them.
         fused = "mixed" not in self.trainer.precision
         optimizer = torch.optim.AdamW(
             self.parameters(), lr=self.hparams.learning_rate, weight_decay=self.hparams.weight_decay, fused=fused

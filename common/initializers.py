@@ -18,7 +18,8 @@ def zeros(linear: nn.Linear, activation: str, inputs: Tensor) -> None:
 def constant(linear: nn.Linear, activation: str, inputs: Tensor) -> None:
     """All weights 1 / fan_in: every unit is the mean of its inputs, so signals keep their scale.
 
-    All logits are the same at step 0, and so the gradients cancel in the layers before.
+    At step 0 no gradient reaches the hidden layers: those at an image's logits add up to 0 (softmax), and equal weights
+    pass back only their sum.
     """
     nn.init.constant_(linear.weight, 1 / linear.in_features)
 

@@ -37,6 +37,7 @@ def open_run(folder: Path, ckpt_path: str | None, hparams: Mapping[str, Any], fa
         started = [number for number, path in versions(folder).items() if any(path.iterdir())]
         version = max(started, default=None)
         last = folder / f"version_{version}" / "checkpoints" / "last.ckpt"
+        # Without one, the newest run starts again in its folder; version_None is never there.
         ckpt_path = str(last) if last.exists() else None
     # The first process alone logs, tells the others where checkpoints go, and needs to have the checkpoint's file. So
     # nobody reads the version of the others.

@@ -204,7 +204,8 @@ def run_worker(
             except LostTrial:
                 continue
             except Exception as error:
-                # Never one of the objective: the database, or Optuna ending a trial that another worker has taken over.
+                # Of the database, or of Optuna ending a trial that another worker has taken over. `run_one` lets Optuna
+                # catch those of the objective.
                 failing_since = failing_since or time.time()
                 if time.time() > failing_since + DATABASE_TIMEOUT:
                     raise MisconfigurationException(f"the database does not answer: {error}") from error
