@@ -7,6 +7,7 @@ from argparse import Action
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+import torch.distributed as dist
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import restricted_number_type
 from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
@@ -49,3 +50,7 @@ def run_from_command_line(main: Callable[..., object], arguments: Sequence[str] 
         parser.error(str(error))
     except (KeyboardInterrupt, SIGTERMException):
         sys.exit(1)
+    finally:
+        # Lightning ends a process group of GPUs, but not one of CPUs, whose threads may abort the exit of the program.
+        if dist.is_available() and dist.is_initialized() and dist.get_backend() == "gloo":
+            dist.destroy_process_group()

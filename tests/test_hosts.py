@@ -88,6 +88,18 @@ def launch(namespaces: tuple[str, ...], tmp_path: Path) -> Iterator[Callable[...
             host.wait()
 
 
+def test_no_process_group_is_left_at_the_end(call, tmp_path: Path):
+    """Threads of gloo that were still running at the exit have turned status 2 into an abort, once in many runs."""
+
+    def fails_together() -> None:
+        """Stands for a run of several processes."""
+        torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+        raise OSError("nothing to read")
+
+    assert_one_line_error(call(fails_together), "nothing to read")
+    assert not torch.distributed.is_initialized()
+
+
 def assert_second_epoch(run: Path, process: subprocess.CompletedProcess) -> None:
     """The run has taken the steps of its second epoch, and no others."""
     assert process.stdout.count("test accuracy") == 1
