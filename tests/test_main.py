@@ -92,7 +92,7 @@ def test_help_explains_every_option(script, name: str):
     result = script(f"{name}.py", "--help")
     assert result.returncode == 0
     function = importlib.import_module(name).main
-    explained = re.findall(r"^        (\w+): (.+)$", function.__doc__, flags=re.MULTILINE)
+    explained = re.findall(r"^    (\w+): (.+)$", inspect.getdoc(function), flags=re.MULTILINE)
     assert [option for option, _ in explained] == list(inspect.signature(function).parameters)
     shown = " ".join(result.stdout.split())
     for option, words in explained:
