@@ -239,7 +239,7 @@ def run_one(
 def run_workers(
     open_study: Callable[[], optuna.Study],
     objectives: list[Callable[[optuna.Trial], float]],
-    baseline: dict[str, Any] | None,
+    baseline: dict[str, Any],
     n_trials: int,
     timeout: float,
     seed: int,

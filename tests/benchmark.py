@@ -300,19 +300,32 @@ def run_main(*options: str) -> tuple[float, float]:
 
 def seeds() -> None:
     """Test accuracy of the default run over five seeds, and its time beside three epochs of the usual example."""
-    runs, usual = [], {"usual example, batches of 64, 3 epochs": [], "usual example, batches of 512, 3 epochs": []}
-    for seed in SEEDS:
-        runs.append(run_main("--seed", str(seed)))
-        for shown, times in usual.items():
-            name = shown.split(", ")[1]
-            call = f"from tests.benchmark import reference; reference({name!r}, {tempfile.mkdtemp()!r}, epochs=3)"
-            times.append(command("-c", call))
-    accuracies, times = zip(*runs, strict=True)
-    mean, deviation, ours = statistics.mean(accuracies), statistics.stdev(accuracies), statistics.median(times)
-    rows = [f"| `main.py`, 10 epochs, seeds 1 to 5 | {mean:.2f} % ± {deviation:.2f} | {ours:.0f} s | 1.00 |"]
-    for shown, times in usual.items():
-        theirs = statistics.median(times)
-        rows.append(f"| {shown} | | {theirs:.0f} s | {theirs / ours:.2f} |")
+    accuracies, remaining = [], iter(SEEDS)
+
+    def ours() -> float:
+        accuracy, seconds = run_main("--seed", str(next(remaining)))
+        accuracies.append(accuracy)
+        return seconds
+
+    def usual(name: str) -> float:
+        return command(
+            "-c", f"from tests.benchmark import reference; reference({name!r}, {tempfile.mkdtemp()!r}, epochs=3)"
+        )
+
+    times = alternate(
+        len(SEEDS),
+        {
+            "`main.py`, 10 epochs, seeds 1 to 5": ours,
+            "usual example, batches of 64, 3 epochs": partial(usual, "batches of 64"),
+            "usual example, batches of 512, 3 epochs": partial(usual, "batches of 512"),
+        },
+    )
+    reached = [f"{statistics.mean(accuracies):.2f} % ± {statistics.stdev(accuracies):.2f}", "", ""]
+    base = next(iter(times.values()))
+    rows = [
+        f"| {name} | {accuracy} | {seconds:.0f} s | {seconds / base:.2f} |"
+        for (name, seconds), accuracy in zip(times.items(), reached, strict=True)
+    ]
     publish("seeds", "| program | test accuracy | time | ratio |", rows)
 
 

@@ -33,7 +33,7 @@ def test_unknown_activation_names_the_known_ones():
         MLP(activation="step")
 
 
-def test_hparams_rebuild_the_model():
+def test_arguments_rebuild_the_model():
     model = MLP([5, 4], "tanh", 0.2)
     copy = MLP(**model.arguments)
     assert repr(copy) == repr(model)

@@ -300,7 +300,7 @@ def test_trial_interrupted_before_its_training_is_not_called_failed():
         (["--accelerator", "abacus"], ["accelerator", "'cpu'"]),
         (["--accelerator", "mps" if torch.cuda.is_available() else "cuda"], ["accelerator is not available"]),
         (["--seed", "-3"], ["seed", "v>=0"]),
-        (["--trials", "3"], ["recognized", "--trials"]),
+        (["--trials", "3"], ["nrecognized arguments", "--trials"]),
         (["--workers", "-1"], ["workers", "v>0"]),
         (["--timeout", "0"], ["timeout", "v>0"]),
         (["--storage", "carrier-pigeon://loft"], ["carrier-pigeon"]),
