@@ -201,9 +201,7 @@ class FiniteLossCallback(pl.Callback):
     def on_train_epoch_end(self, trainer, pl_module) -> None:
         for name, loss in sorted(trainer.callback_metrics.items()):
             if name.startswith("loss/") and not loss.isfinite():
-                # Of the last callback that has saved one. In `main.py` that is ResumeCheckpoint: it comes after the
-                # other one, monitors nothing, and so calls its latest checkpoint its best.
-                saved = [callback.best_model_path for callback in reversed(trainer.checkpoint_callbacks)]
+                saved = [callback.last_model_path for callback in trainer.checkpoint_callbacks]
                 raise FloatingPointError(
                     f"{name} is {loss.item()} after step {trainer.global_step}; last good checkpoint:"
                     f" {next(filter(None, saved), 'none yet')}. A lower learning_rate may help."

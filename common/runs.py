@@ -136,6 +136,9 @@ class ResumeCheckpoint(ModelCheckpoint):
     epoch. Left is torch's random state, from which dropout and augmentation draw. `ModelCheckpoint(save_last=True)`
     would not do: it saves only when there is a new best.
 
+    Lightning logs what an epoch of training has brought after it has called `on_train_epoch_end`. The file has the name
+    `next.ckpt` until then: a kill in between would leave a gap in the log that no resumed run fills.
+
     Args:
         ckpt_path: the checkpoint that this process goes on from, which the Trainer does not know yet in `setup`.
 
@@ -144,7 +147,7 @@ class ResumeCheckpoint(ModelCheckpoint):
     """
 
     def __init__(self, ckpt_path: str | None = None) -> None:
-        super().__init__(filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
+        super().__init__(filename="next", save_on_train_epoch_end=True, enable_version_counter=False)
         self.ckpt_path = ckpt_path
         self.random_state: dict[str, Any] = {}
 
@@ -159,6 +162,8 @@ class ResumeCheckpoint(ModelCheckpoint):
                     "only some hosts have found a last checkpoint:"
                     " give --ckpt_path the path that it has on the first one"
                 )
+            if trainer.is_global_zero:  # a killed run may have left one whose epoch is not in the log
+                Path(self.dirpath, "next.ckpt").unlink(missing_ok=True)
 
     def state_dict(self) -> dict[str, Any]:
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
@@ -166,6 +171,7 @@ class ResumeCheckpoint(ModelCheckpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
+        self.last_model_path = self.ckpt_path or ""  # it was saved before it had its name
         self.random_state = state_dict["random_state"]
 
     def on_load_checkpoint(self, trainer, pl_module, checkpoint: dict[str, Any]) -> None:
@@ -197,12 +203,26 @@ class ResumeCheckpoint(ModelCheckpoint):
         if stopping and stopping.wait_count >= stopping.patience:
             trainer.should_stop = True
 
+    def on_train_epoch_start(self, trainer, pl_module) -> None:
+        self._rename(trainer)
+
+    def on_train_end(self, trainer, pl_module) -> None:
+        super().on_train_end(trainer, pl_module)
+        self._rename(trainer)
+
+    def _rename(self, trainer) -> None:
+        """Makes `next.ckpt` the last checkpoint, in the first hooks after the epoch is in the log."""
+        last = Path(self.dirpath, "last.ckpt")
+        if trainer.is_global_zero and last.with_name("next.ckpt").exists():
+            last.with_name("next.ckpt").replace(last)
+            self.last_model_path = str(last)
+
     def on_exception(self, trainer, pl_module, exception: BaseException) -> None:
         super().on_exception(trainer, pl_module, exception)
         # Ctrl-C and SIGTERM; an error speaks for itself.
         if isinstance(exception, KeyboardInterrupt | SystemExit) and trainer.is_global_zero:
-            # It monitors nothing, so its best model is its latest.
-            print(f"\nstopped; --ckpt_path last goes on from {self.best_model_path or 'the start'}")
+            last = Path(self.dirpath or "", "last.ckpt")
+            print(f"\nstopped; --ckpt_path last goes on from {last if last.exists() else 'the start'}")
 
 
 def find_best_again(state: dict[str, Any], callback: ModelCheckpoint, ckpt_path: str) -> None:

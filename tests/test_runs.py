@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import LambdaCallback
 
 from common.callbacks import FiniteLossCallback
 from common.classifier import Classifier
@@ -110,15 +111,61 @@ def test_run_killed_at_any_moment_ends_with_the_same_bits(script, tmp_path: Path
     assert scalars(run) == scalars(tmp_path / "whole/main/version_0")
 
 
+def test_kill_before_an_epoch_is_logged_leaves_no_gap_in_the_log(script, tmp_path: Path):
+    # Lightning logs an epoch's training scalars after the hook in which checkpoints are saved.
+    program = (
+        "import os, signal, sys\n"
+        "from pytorch_lightning.loggers import TensorBoardLogger\n"
+        "from common.cli import run_from_command_line\n"
+        "from main import main\n"
+        "log_metrics, step_to_die_at = TensorBoardLogger.log_metrics, int(sys.argv[1])\n"
+        "def log_metrics_or_die(logger, metrics, step=None):\n"
+        "    if 'accuracy/train' in metrics and step == step_to_die_at:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    log_metrics(logger, metrics, step)\n"
+        "TensorBoardLogger.log_metrics = log_metrics_or_die\n"
+        "run_from_command_line(main, sys.argv[2:])\n"
+    )
+    options = (*SMALL, "--max_epochs", 2)
+    assert script("main.py", *options, "--log_dir", "whole").returncode == 0
+    options = (*options, "--log_dir", "killed", "--ckpt_path", "last")
+    for step in (107, 215):
+        command = [sys.executable, "-c", program, step, *options]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        killed = subprocess.run(
+            list(map(str, command)), cwd=tmp_path, env=environment, capture_output=True, check=False
+        )
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert script("main.py", *options).returncode == 0
+    whole, resumed = (tmp_path / name / "main/version_0" for name in ("whole", "killed"))
+    assert scalars(resumed) == scalars(whole)
+    assert_same(*(torch.load(run / "checkpoints/last.ckpt")["state_dict"] for run in (resumed, whole)))
+
+
+def test_checkpoint_that_a_killed_run_left_before_its_epoch_was_logged_is_dropped(tmp_path: Path):
+    folder, found = tmp_path / "checkpoints", []
+    folder.mkdir()
+    (folder / "next.ckpt").touch()
+    look = LambdaCallback(
+        on_train_batch_start=lambda *_: found.append([path.name for path in folder.iterdir()]),
+        on_train_epoch_end=lambda *_: found.append([path.name for path in folder.iterdir()]),
+    )
+    options = QUIET | {"limit_train_batches": 1, "limit_val_batches": 0, "callbacks": [ResumeCheckpoint(), look]}
+    pl.Trainer(default_root_dir=tmp_path, max_epochs=2, **options).fit(Classifier(MLP([16])), MNISTDataModule(DATA))
+    # Lightning calls the callbacks that save checkpoints after the others.
+    assert found == [[], [], ["last.ckpt"], ["last.ckpt"]]
+    assert [path.name for path in folder.iterdir()] == ["last.ckpt"]
+
+
 class KeepMiddle(pl.Callback):
     """Keeps the `last.ckpt` of the first epoch."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.current_epoch == 1:
-            shutil.copy(trainer.checkpoint_callback.best_model_path, self.path)
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: object) -> None:
+        if trainer.current_epoch == 1 and not self.path.exists():
+            shutil.copy(trainer.checkpoint_callback.last_model_path, self.path)
 
 
 def fit_with_dropout(folder: Path, seed: int, ckpt_path: Path | None = None, **options) -> dict[str, torch.Tensor]:
@@ -307,7 +354,7 @@ def test_loss_that_is_not_finite_ends_the_run_and_names_step_and_checkpoint(
     checkpoint["lr_schedulers"][0]["total_steps"] *= 4
     torch.save(checkpoint, tmp_path / "spoilt.ckpt")
     result = script("main.py", *SMALL, "--ckpt_path", "spoilt.ckpt")
-    assert_one_line_error(result, "is nan after step 216")
+    assert_one_line_error(result, "is nan after step 216; last good checkpoint: spoilt.ckpt")
 
 
 @pytest.fixture
