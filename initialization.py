@@ -9,7 +9,8 @@ that of the gradient by about fan_out * Var(w) times the mean of the activation'
 clearly below 1, signal or gradient vanish with depth. Where it is clearly above 1, they explode, or tanh saturates.
 
 Read `run_scheme` first: one training, with callbacks that measure it. Then `main`, which compares all of them.
-docs/initialization.md explains the results.
+docs/initialization.md explains the results. The schemes are in common/initializers.py: zeros, a constant, normal
+numbers that are too small or too large, Xavier, Kaiming, orthogonal, and lsuv, which looks at a batch of images.
 """
 
 import logging
@@ -46,8 +47,8 @@ def run_scheme(
 ) -> Result:
     """Gives `model` the weights of one initialization scheme, trains it and returns what was measured on the way."""
     activation = model.arguments["activation"]
-    # The batch that training sees at step 0, as the data module's sampler shuffles by seed and epoch alone. lsuv and
-    # the theory need it.
+    # The batch that training sees at step 0, as the data module's sampler shuffles by seed and epoch alone. The scheme
+    # lsuv and the theory's prediction need it.
     images, _ = next(iter(data.train_dataloader()))
     initialize(model, scheme, images)
     untrained = deepcopy(model)  # for the theory, which also needs a gradient that training measures

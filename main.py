@@ -93,8 +93,7 @@ def main(
     run = open_run(Path(log_dir, "main"), ckpt_path, classifier.hparams, fast_dev_run)
     # purge_step: in a resumed run, TensorBoard drops what was logged after the checkpoint, as it is done again.
     logger = TensorBoardLogger(log_dir, name="main", version=run.version, purge_step=run.step, default_hp_metric=False)
-    # Saves at the end of the epoch, where FiniteLossCallback (below) has ended a NaN run; by default it is too early.
-    best = ModelCheckpoint(monitor="accuracy/val", mode="max", save_on_train_epoch_end=True)
+    best = ModelCheckpoint(monitor="accuracy/val", mode="max")
     callbacks = [
         MetricsCallback(),  # logs the accuracy/val that others monitor
         TestPicturesCallback(),  # confusion matrix and worst mistakes
@@ -103,7 +102,8 @@ def main(
         EarlyStopping(monitor="accuracy/val", mode="max", patience=max_epochs if overfit_batches else patience),
         FiniteLossCallback(),  # ends a run whose loss is NaN or infinite
         best,  # keeps the epoch that is tested
-        ResumeCheckpoint(run.ckpt_path),  # ours: saves last.ckpt each epoch; also restores the random state
+        # Ours: saves last.ckpt each epoch, while save_last=True would save only a new best; restores the random state.
+        ResumeCheckpoint(run.ckpt_path),
         TQDMProgressBar(refresh_rate=20),
         *([ActivationHistogramCallback()] if activation_histograms else []),
     ]

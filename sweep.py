@@ -4,8 +4,9 @@ python sweep.py
 python sweep.py --workers 2
 python sweep.py --storage postgresql+psycopg://user@host/database    (the same command on each machine)
 
-For one process, `optuna.create_study` and `study.optimize(objective, n_trials=20)` would do. Read the search space
-first, then `objective`, which trains one trial. `common/study.py` makes these two calls for several workers.
+For one process, `optuna.create_study(direction="maximize")` and `study.optimize(objective, n_trials=20)` would do.
+Read the search space first, then `objective`, which trains one trial. `common/study.py` makes these two calls for
+several workers.
 """
 
 from functools import partial
@@ -179,8 +180,8 @@ def main(
     data = MNISTDataModule(data_dir, seed=seed)
     data.prepare_data()  # here, so that missing data ends the program and not every trial
 
-    # optuna.create_study(load_if_exists=True), and a check of ours that refuses a study of another space or of other
-    # epochs. A partial, because each worker calls it for itself.
+    # optuna.create_study(direction="maximize", load_if_exists=True), and a check of ours that refuses a study of other
+    # epochs or another space. A partial, because each worker calls it for itself.
     open_this_study = partial(open_study, url, study_name, PRUNER, suggest_hyperparameters, max_epochs)
     study = open_this_study()
     # A Trainer raises if the machine lacks these devices: better here than in every trial. It also resolves "auto".
@@ -204,8 +205,9 @@ def main(
     ]
     # An equal share of the threads that torch takes by default.
     threads = max(1, torch.get_num_threads() // (workers * devices))
-    # Ours, not Optuna's: each worker calls study.optimize(its objective, n_trials=1) until the study has n_trials, so
-    # that all of them together run exactly so many. It also seeds a sampler for each trial and gives trial 0 BASELINE.
+    # Ours, not Optuna's: each worker calls study.optimize(its objective, n_trials=1) until all of them together have
+    # run n_trials. Before each trial it seeds the study's sampler by seed and trial number, or two workers would try
+    # the same points. Trial 0 gets BASELINE.
     run_workers(open_this_study, objectives, BASELINE, n_trials, timeout, seed, threads)
 
     # To get back the options of main.py, `report` calls suggest_hyperparameters with what a finished trial has stored.
@@ -235,6 +237,7 @@ def test_best(
     # in this study's folder counts.
     here = path.exists() and path.absolute().is_relative_to(folder.absolute())
     if here and label not in study.user_attrs:
+        # The checkpoint also holds the arguments of its MLP, and Classifier builds it from them.
         classifier = Classifier.load_from_checkpoint(path, weights_only=True)
         # One device: with several, Lightning would start this script again for each of them.
         trainer = pl.Trainer(
