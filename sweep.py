@@ -217,13 +217,7 @@ def main(
 
 
 def devices_of(worker: int, devices: int, gpus: int) -> int | list[int]:
-    """Deals the GPUs to the workers in turn; without GPUs, returns the number of devices.
-
-    >>> [devices_of(worker, devices=1, gpus=2) for worker in range(3)]
-    [[0], [1], [0]]
-    >>> devices_of(worker=1, devices=2, gpus=0)
-    2
-    """
+    """Deals the GPUs to the workers in turn: of 2 GPUs, worker 2 gets GPU 0 again. Without GPUs, returns `devices`."""
     return [(worker * devices + i) % gpus for i in range(devices)] if gpus else devices
 
 

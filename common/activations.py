@@ -51,12 +51,13 @@ class ActivationHistogramCallback(pl.Callback):
             elif isinstance(module, tuple(ACTIVATIONS.values())):
                 self.handles.append(module.register_forward_hook(partial(self._record_activation, trainer, name)))
 
-    # Lightning calls teardown after a fit that went well, and on_exception instead of it after one that did not.
     def teardown(self, trainer, pl_module, stage: str) -> None:
-        self._remove_hooks()
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
 
     def on_exception(self, trainer, pl_module, exception: BaseException) -> None:
-        self._remove_hooks()
+        self.teardown(trainer, pl_module, "fit")  # Lightning calls it only after a fit that went well
 
     def on_train_batch_start(self, trainer, pl_module, batch: Any, batch_idx: int) -> None:
         # With accumulated gradients several batches share a step; the first one stands for them.
@@ -118,13 +119,7 @@ class ActivationHistogramCallback(pl.Callback):
     def _write(self, trainer: pl.Trainer, scalars: dict[str, float]) -> None:
         self.history.setdefault(trainer.global_step, {}).update(scalars)
         if self.writer:
-            for tag, value in scalars.items():
-                self.writer.add_scalar(tag, value, trainer.global_step)
-
-    def _remove_hooks(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-        self.handles.clear()
+            trainer.logger.log_metrics(scalars, step=trainer.global_step)
 
 
 class LossCurveCallback(pl.Callback):

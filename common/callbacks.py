@@ -20,9 +20,6 @@ class MetricsCallback(pl.Callback):
     Torchmetrics gathers them from the `outputs` of each step and adds up over all processes. As attributes of the
     Lightning module they would take less code; as a callback they serve every module that returns `y` and `y_pred`.
     Training accuracy is that of changing weights on changed images, so it lies below validation accuracy.
-
-    Args:
-        num_classes: logits of an image.
     """
 
     def __init__(self, num_classes: int = 10) -> None:
@@ -79,12 +76,7 @@ class MetricsCallback(pl.Callback):
 
 
 class TestPicturesCallback(pl.Callback):
-    """Draws two pictures of a test into TensorBoard: the confusion matrix, and the mistakes of highest loss.
-
-    Args:
-        num_classes: logits of an image.
-        num_mistakes: misclassified digits to draw.
-    """
+    """Draws two pictures of a test into TensorBoard: the confusion matrix, and the mistakes of highest loss."""
 
     __test__ = False  # pytest would take it for a test, by its name
 
@@ -184,8 +176,7 @@ class GradientHistogramCallback(pl.Callback):
             if norm.isfinite():  # a histogram of anything else raises
                 self.writer.add_histogram(f"gradient/{name}", parameter.grad, trainer.global_step, bins=64)
                 scalars = {f"gradient_norm/{name}": norm} | mean_and_std("gradient", name, parameter.grad)
-                for tag, value in scalars.items():
-                    self.writer.add_scalar(tag, value, trainer.global_step)
+                trainer.logger.log_metrics(scalars, step=trainer.global_step)
 
 
 class FiniteLossCallback(pl.Callback):

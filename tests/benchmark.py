@@ -1,7 +1,7 @@
 """Measures what the documentation says of speed and accuracy, and writes its tables.
 
 python -m tests.benchmark           (all of them, an hour on 2 cores)
-python -m tests.benchmark speed     (one of speed, time, seeds, workers, search)
+python -m tests.benchmark speed     (one of speed, time, seeds, long, workers, search)
 
 Machines are noisy, so programs that are compared take turns, and what counts is the ratio of medians.
 """
