@@ -2,10 +2,12 @@
 
 import json
 import os
+import signal
 import sys
+import threading
 from argparse import Action
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 from jsonargparse import ArgumentParser
@@ -31,12 +33,24 @@ class OneLineParser(ArgumentParser):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
+def interrupt_again(unraisable: Any) -> None:
+    """Python drops an exception that leaves a destructor or another callback of the memory management.
+
+    If that is Ctrl-C's KeyboardInterrupt, this raises it once more, a moment later.
+    """
+    if unraisable.exc_type is KeyboardInterrupt:
+        threading.Timer(0.1, signal.raise_signal, [signal.SIGINT]).start()
+    else:
+        sys.__unraisablehook__(unraisable)
+
+
 def run_from_command_line(main: Callable[..., object], arguments: Sequence[str] | None = None) -> None:
     """Calls `main` with the options of the command line.
 
     An error that the user can mend, in options or files, ends the program with one line and exit status 2. Any other
     exception is a mistake in the code, whose traceback is wanted.
     """
+    sys.unraisablehook = interrupt_again
     parser = OneLineParser(description=main.__doc__.splitlines()[0])
     parser.add_function_arguments(main, as_group=False)
     # JSON turns jsonargparse's PositiveInt into a plain int. Options get into checkpoints, and torch.load's safe mode

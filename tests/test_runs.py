@@ -268,6 +268,31 @@ def test_stopped_run_says_how_to_go_on(tmp_path: Path, stop: signal.Signals):
     assert torch.load(last)["epoch"] >= 0
 
 
+INTERRUPTED_DESTRUCTOR = """
+import signal, time
+from common.cli import run_from_command_line
+
+class Interrupted:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+
+def main() -> None:
+    '''Waits.'''
+    Interrupted()
+    for _ in range(100):
+        time.sleep(0.1)
+    print("never interrupted")
+
+run_from_command_line(main, [])
+"""
+
+
+def test_ctrl_c_in_a_destructor_is_not_lost():
+    command = [sys.executable, "-c", INTERRUPTED_DESTRUCTOR]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout, result.stderr) == (1, "", "")
+
+
 class Bomb:
     """A pickle that would create a file when it is loaded."""
 
