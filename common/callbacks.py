@@ -192,7 +192,8 @@ class FiniteLossCallback(pl.Callback):
     def on_train_epoch_end(self, trainer, pl_module) -> None:
         for name, loss in sorted(trainer.callback_metrics.items()):
             if name.startswith("loss/") and not loss.isfinite():
-                saved = [callback.last_model_path for callback in trainer.checkpoint_callbacks]
+                # In `main.py`, ResumeCheckpoint comes last and knows its last model.
+                saved = [each.last_model_path or each.best_model_path for each in trainer.checkpoint_callbacks[::-1]]
                 raise FloatingPointError(
                     f"{name} is {loss.item()} after step {trainer.global_step}; last good checkpoint:"
                     f" {next(filter(None, saved), 'none yet')}. A lower learning_rate may help."

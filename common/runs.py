@@ -162,8 +162,6 @@ class ResumeCheckpoint(ModelCheckpoint):
                     "only some hosts have found a last checkpoint:"
                     " give --ckpt_path the path that it has on the first one"
                 )
-            if trainer.is_global_zero:  # a killed run may have left one whose epoch is not in the log
-                Path(self.dirpath, "next.ckpt").unlink(missing_ok=True)
 
     def state_dict(self) -> dict[str, Any]:
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
@@ -171,7 +169,8 @@ class ResumeCheckpoint(ModelCheckpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self.last_model_path = self.ckpt_path or ""  # it was saved before it had its name
+        # When this was saved, the file was still next.ckpt. Its best model is its latest, as it monitors nothing.
+        self.best_model_path, self.last_model_path = "", self.ckpt_path or ""
         self.random_state = state_dict["random_state"]
 
     def on_load_checkpoint(self, trainer, pl_module, checkpoint: dict[str, Any]) -> None:
@@ -212,10 +211,10 @@ class ResumeCheckpoint(ModelCheckpoint):
 
     def _rename(self, trainer) -> None:
         """Makes `next.ckpt` the last checkpoint, in the first hooks after the epoch is in the log."""
-        last = Path(self.dirpath, "last.ckpt")
-        if trainer.is_global_zero and last.with_name("next.ckpt").exists():
-            last.with_name("next.ckpt").replace(last)
-            self.last_model_path = str(last)
+        if self.best_model_path:  # this process has saved one, while a next.ckpt of a killed run is of no use
+            self.last_model_path = str(Path(self.dirpath, "last.ckpt"))
+            if trainer.is_global_zero and Path(self.best_model_path).exists():
+                Path(self.best_model_path).replace(self.last_model_path)
 
     def on_exception(self, trainer, pl_module, exception: BaseException) -> None:
         super().on_exception(trainer, pl_module, exception)

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import LambdaCallback
+from pytorch_lightning.callbacks import LambdaCallback, ModelCheckpoint
 
 from common.callbacks import FiniteLossCallback
 from common.classifier import Classifier
@@ -142,7 +142,7 @@ def test_kill_before_an_epoch_is_logged_leaves_no_gap_in_the_log(script, tmp_pat
     assert_same(*(torch.load(run / "checkpoints/last.ckpt")["state_dict"] for run in (resumed, whole)))
 
 
-def test_checkpoint_that_a_killed_run_left_before_its_epoch_was_logged_is_dropped(tmp_path: Path):
+def test_checkpoint_that_a_killed_run_left_before_its_epoch_was_logged_is_not_gone_on_from(tmp_path: Path):
     folder, found = tmp_path / "checkpoints", []
     folder.mkdir()
     (folder / "next.ckpt").touch()
@@ -153,8 +153,9 @@ def test_checkpoint_that_a_killed_run_left_before_its_epoch_was_logged_is_droppe
     options = QUIET | {"limit_train_batches": 1, "limit_val_batches": 0, "callbacks": [ResumeCheckpoint(), look]}
     pl.Trainer(default_root_dir=tmp_path, max_epochs=2, **options).fit(Classifier(MLP([16])), MNISTDataModule(DATA))
     # Lightning calls the callbacks that save checkpoints after the others.
-    assert found == [[], [], ["last.ckpt"], ["last.ckpt"]]
+    assert found == [["next.ckpt"], ["next.ckpt"], ["last.ckpt"], ["last.ckpt"]]
     assert [path.name for path in folder.iterdir()] == ["last.ckpt"]
+    assert torch.load(folder / "last.ckpt")["global_step"] == 2
 
 
 class KeepMiddle(pl.Callback):
@@ -370,6 +371,18 @@ def test_loss_that_is_not_finite_ends_the_run_and_names_step_and_checkpoint(
     trainer = pl.Trainer(max_epochs=1, limit_val_batches=0, callbacks=[FiniteLossCallback()], **QUIET)
     with pytest.raises(FloatingPointError, match=r"loss/train is nan after step 108; last good checkpoint: none"):
         trainer.fit(Classifier(MLP([16]), learning_rate=1e30), data)
+
+    # With Lightning's own ModelCheckpoint, and weights that are spoilt after the first epoch.
+    spoil = LambdaCallback(
+        on_train_epoch_start=lambda trainer, module: module.model.layers[1].weight.data.fill_(
+            torch.nan if trainer.current_epoch else 0.0
+        )
+    )
+    callbacks = [spoil, FiniteLossCallback(), ModelCheckpoint(tmp_path / "best", filename="best")]
+    few = QUIET | {"limit_train_batches": 1, "limit_val_batches": 0}
+    trainer = pl.Trainer(max_epochs=2, callbacks=callbacks, **few)
+    with pytest.raises(FloatingPointError, match=r"nan after step 2; last good checkpoint: \S+best\.ckpt"):
+        trainer.fit(Classifier(MLP([16])), data)
 
     # In the script: a run whose weights are spoilt goes on from its checkpoint, and not far.
     assert script("main.py", *SMALL, "--max_epochs", 1).returncode == 0
