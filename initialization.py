@@ -58,7 +58,8 @@ def run_scheme(
         accelerator="cpu",
         max_steps=steps,
         logger=TensorBoardLogger(folder, name=activation, version=scheme, default_hp_metric=False),
-        # MetricsCallback for the accuracy, gradients of the weights for TensorBoard; the rest comes from the others.
+        # The first two are for the accuracy and for TensorBoard. `recorder` keeps what each layer puts out and the
+        # gradient that comes back to it, `curve` keeps the losses.
         callbacks=[MetricsCallback(), GradientHistogramCallback(every_n_steps=100), recorder, curve],
         num_sanity_val_steps=0,
         enable_checkpointing=False,
@@ -83,7 +84,7 @@ def run_scheme(
         measured_stds={"preactivations": preactivations, "gradients": gradients},
         # The theory of gradients goes from layer to layer, and starts from the measured gradient at the logits.
         predicted_stds=predict_stds(untrained, images, gradients[-1]),
-        samples=recorder.samples(),
+        samples=recorder.samples(),  # values of a few layers at step 0, for the histograms
     )
 
 
