@@ -175,6 +175,7 @@ def main(
         log_dir: Folder for the storage, logs, checkpoints and pictures.
     """
     url = storage or f"sqlite:///{Path(log_dir, 'sweep', 'optuna.db')}"
+    # Named after the database too: studies in two of them may share a name.
     folder = study_folder(Path(log_dir, "sweep"), storage, study_name)
     folder.mkdir(parents=True, exist_ok=True)
     data = MNISTDataModule(data_dir, seed=seed)
@@ -210,7 +211,8 @@ def main(
     # the same points. Trial 0 gets BASELINE.
     run_workers(open_this_study, objectives, BASELINE, n_trials, timeout, seed, threads)
 
-    # To get back the options of main.py, `report` calls suggest_hyperparameters with what a finished trial has stored.
+    # Prints the best trials and draws the study. A finished trial answers suggest_...() with the values that it has
+    # stored, so suggest_hyperparameters turns it back into options of main.py.
     best = report(study, suggest_hyperparameters, BASELINE, folder)
     if best:  # there is none if no trial was completed
         test_best(study, best, data, folder, accelerator)
@@ -227,8 +229,8 @@ def test_best(
     """Tests the best trial's checkpoint, unless the study has the result already, and says where it lies."""
     label = f"test accuracy of trial {best.number}"  # the study's attribute that keeps the result
     path = Path(best.user_attrs["checkpoint"])
-    # Another machine may have trained it. Here its path may lead to nothing, or to a file of another study, so only one
-    # in this study's folder counts.
+    # Another machine may have trained it, and its path may lead to nothing here. Only a file in this study's own folder
+    # is sure to be of this trial.
     here = path.exists() and path.absolute().is_relative_to(folder.absolute())
     if here and label not in study.user_attrs:
         # The checkpoint also holds the arguments of its MLP, and Classifier builds it from them.
