@@ -102,7 +102,7 @@ def main(
         EarlyStopping(monitor="accuracy/val", mode="max", patience=max_epochs if overfit_batches else patience),
         FiniteLossCallback(),  # ends a run whose loss is NaN or infinite
         best,  # keeps the epoch that is tested
-        # Ours: saves last.ckpt each epoch, while save_last=True would save only a new best; restores the random state.
+        # Ours: saves last.ckpt each epoch, restores the random state. By the path it checks that all processes resume.
         ResumeCheckpoint(run.ckpt_path),
         TQDMProgressBar(refresh_rate=20),
         *([ActivationHistogramCallback()] if activation_histograms else []),
