@@ -181,8 +181,9 @@ def main(
     data = MNISTDataModule(data_dir, seed=seed)
     data.prepare_data()  # here, so that missing data ends the program and not every trial
 
-    # optuna.create_study(direction="maximize", load_if_exists=True), and a check of ours that refuses a study of other
-    # epochs or another space. A partial, because each worker calls it for itself.
+    # optuna.create_study(direction="maximize", load_if_exists=True), and a check of ours. It refuses a study of other
+    # epochs, or one whose trials have stored other parameters than suggest_hyperparameters would ask them for. A
+    # partial, because each worker calls it for itself.
     open_this_study = partial(open_study, url, study_name, PRUNER, suggest_hyperparameters, max_epochs)
     study = open_this_study()
     # A Trainer raises if the machine lacks these devices: better here than in every trial. It also resolves "auto".
