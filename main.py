@@ -86,7 +86,7 @@ def main(
         Test accuracy of the checkpoint with the best validation accuracy, in [0, 1].
     """
     pl.seed_everything(seed)
-    data = MNISTDataModule(data_dir, batch_size, seed, augment=augment and not overfit_batches)
+    data = MNISTDataModule(data_dir, batch_size, seed, augment=augment and not overfit_batches)  # seeds its shuffling
     model = MLP(hidden_sizes, activation, dropout)
     classifier = Classifier(model, learning_rate, weight_decay, label_smoothing)
     # Ours: makes the folder logs/main/version_N, finds "last", refuses a checkpoint that has other hyperparameters.

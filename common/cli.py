@@ -38,10 +38,12 @@ def interrupt_again(unraisable: Any) -> None:
 
     If that is Ctrl-C's KeyboardInterrupt, this raises it once more, a moment later.
     """
-    if unraisable.exc_type is KeyboardInterrupt:
-        threading.Timer(0.1, signal.raise_signal, [signal.SIGINT]).start()
-    else:
+    if unraisable.exc_type is not KeyboardInterrupt:
         sys.__unraisablehook__(unraisable)
+    elif hasattr(signal, "pthread_kill"):  # wakes the main thread if it waits; Windows has none
+        threading.Timer(0.1, signal.pthread_kill, [threading.main_thread().ident, signal.SIGINT]).start()
+    else:
+        threading.Timer(0.1, signal.raise_signal, [signal.SIGINT]).start()
 
 
 def run_from_command_line(main: Callable[..., object], arguments: Sequence[str] | None = None) -> None:
@@ -58,7 +60,12 @@ def run_from_command_line(main: Callable[..., object], arguments: Sequence[str] 
     options = json.loads(parser.dump(parser.parse_args(arguments), format="json"))
     try:
         main(**options)
-    except (OSError, FloatingPointError, MisconfigurationException) as error:
+    except (OSError, FloatingPointError, MisconfigurationException, ValueError) as error:
+        if isinstance(error, ValueError):
+            # TensorBoardLogger makes a ValueError of the OSError of a full disk.
+            if not isinstance(error.__cause__, OSError):
+                raise
+            error = error.__cause__
         if os.environ.get("LOCAL_RANK", "0") != "0":
             sys.exit(2)  # the first process of this host says it, as it has the same error
         parser.error(str(error))

@@ -218,9 +218,12 @@ class ResumeCheckpoint(ModelCheckpoint):
 
     def on_exception(self, trainer, pl_module, exception: BaseException) -> None:
         super().on_exception(trainer, pl_module, exception)
-        # Ctrl-C and SIGTERM; an error speaks for itself.
-        if isinstance(exception, KeyboardInterrupt | SystemExit) and trainer.is_global_zero:
-            last = Path(self.dirpath or "", "last.ckpt")
+        progress = trainer.fit_loop.epoch_progress.current
+        if progress.completed == progress.processed:  # the last epoch is in the log, and no other hook follows it
+            self._rename(trainer)
+        # Ctrl-C and SIGTERM; an error speaks for itself. Before `setup`, nobody knows the folder.
+        if isinstance(exception, KeyboardInterrupt | SystemExit) and trainer.is_global_zero and self.dirpath:
+            last = Path(self.dirpath, "last.ckpt")
             print(f"\nstopped; --ckpt_path last goes on from {last if last.exists() else 'the start'}")
 
 

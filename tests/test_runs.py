@@ -1,5 +1,6 @@
 """What a person expects who leaves `main.py` running: kills, faults and stops, all of them real."""
 
+import errno
 import os
 import pickle
 import random
@@ -18,6 +19,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import LambdaCallback, ModelCheckpoint
+from pytorch_lightning.loggers import TensorBoardLogger
 
 from common.callbacks import FiniteLossCallback
 from common.classifier import Classifier
@@ -111,35 +113,73 @@ def test_run_killed_at_any_moment_ends_with_the_same_bits(script, tmp_path: Path
     assert scalars(run) == scalars(tmp_path / "whole/main/version_0")
 
 
-def test_kill_before_an_epoch_is_logged_leaves_no_gap_in_the_log(script, tmp_path: Path):
-    # Lightning logs an epoch's training scalars after the hook in which checkpoints are saved.
-    program = (
-        "import os, signal, sys\n"
-        "from pytorch_lightning.loggers import TensorBoardLogger\n"
-        "from common.cli import run_from_command_line\n"
-        "from main import main\n"
-        "log_metrics, step_to_die_at = TensorBoardLogger.log_metrics, int(sys.argv[1])\n"
-        "def log_metrics_or_die(logger, metrics, step=None):\n"
-        "    if 'accuracy/train' in metrics and step == step_to_die_at:\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    log_metrics(logger, metrics, step)\n"
-        "TensorBoardLogger.log_metrics = log_metrics_or_die\n"
-        "run_from_command_line(main, sys.argv[2:])\n"
+# Lightning logs an epoch's training scalars after the hook in which checkpoints are saved.
+SIGNALED_WHILE_IT_LOGS = """
+import os, sys
+from pytorch_lightning.loggers import TensorBoardLogger
+from common.cli import run_from_command_line
+from main import main
+
+log_metrics, number, at_step = TensorBoardLogger.log_metrics, int(sys.argv[1]), int(sys.argv[2])
+
+def log_metrics_signaled(logger, metrics, step=None):
+    if "accuracy/train" in metrics and step == at_step:
+        os.kill(os.getpid(), number)
+    log_metrics(logger, metrics, step)
+
+TensorBoardLogger.log_metrics = log_metrics_signaled
+run_from_command_line(main, sys.argv[3:])
+"""
+
+
+def signaled_while_it_logs(folder: Path, number: signal.Signals, *options: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", SIGNALED_WHILE_IT_LOGS, int(number), *options]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        list(map(str, command)), cwd=folder, env=environment, capture_output=True, text=True, check=False
     )
+
+
+def test_kill_before_an_epoch_is_logged_leaves_no_gap_in_the_log(script, tmp_path: Path):
     options = (*SMALL, "--max_epochs", 2)
     assert script("main.py", *options, "--log_dir", "whole").returncode == 0
     options = (*options, "--log_dir", "killed", "--ckpt_path", "last")
     for step in (107, 215):
-        command = [sys.executable, "-c", program, step, *options]
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        killed = subprocess.run(
-            list(map(str, command)), cwd=tmp_path, env=environment, capture_output=True, check=False
-        )
+        killed = signaled_while_it_logs(tmp_path, signal.SIGKILL, step, *options)
         assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert script("main.py", *options).returncode == 0
     whole, resumed = (tmp_path / name / "main/version_0" for name in ("whole", "killed"))
     assert scalars(resumed) == scalars(whole)
     assert_same(*(torch.load(run / "checkpoints/last.ckpt")["state_dict"] for run in (resumed, whole)))
+
+
+def test_stop_at_the_end_of_an_epoch_keeps_the_epoch(tmp_path: Path):
+    stopped = signaled_while_it_logs(tmp_path, signal.SIGTERM, 215, *SMALL)
+    checkpoints = tmp_path / "logs/main/version_0/checkpoints"
+    assert stopped.returncode == 1, stopped.stderr
+    assert "goes on from logs/main/version_0/checkpoints/last.ckpt" in stopped.stdout
+    assert torch.load(checkpoints / "last.ckpt")["global_step"] == 216
+    assert not (checkpoints / "next.ckpt").exists()
+
+
+def test_interrupt_before_there_is_a_folder_promises_nothing(call, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(MNISTDataModule, "prepare_data", lambda data: signal.raise_signal(signal.SIGINT))
+    interrupted = call(main, *SMALL, "--ckpt_path", "last")
+    assert interrupted.returncode == 1
+    assert "goes on from" not in interrupted.stdout
+
+
+def test_full_disk_that_the_logger_meets_is_one_line(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fill(*args: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def log() -> None:
+        """Logs a scalar."""
+        logger = TensorBoardLogger(tmp_path)
+        monkeypatch.setattr(logger.experiment, "add_scalar", fill)
+        logger.log_metrics({"loss": 1.0}, step=0)
+
+    assert_one_line_error(call(log), "No space left on device")
 
 
 def test_checkpoint_that_a_killed_run_left_before_its_epoch_was_logged_is_not_gone_on_from(tmp_path: Path):
@@ -280,8 +320,7 @@ class Interrupted:
 def main() -> None:
     '''Waits.'''
     Interrupted()
-    for _ in range(100):
-        time.sleep(0.1)
+    time.sleep(60)
     print("never interrupted")
 
 run_from_command_line(main, [])
@@ -290,7 +329,8 @@ run_from_command_line(main, [])
 
 def test_ctrl_c_in_a_destructor_is_not_lost():
     command = [sys.executable, "-c", INTERRUPTED_DESTRUCTOR]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    # A signal that does not wake the sleeping program would come too late.
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=50, check=False)
     assert (result.returncode, result.stdout, result.stderr) == (1, "", "")
 
 
