@@ -88,6 +88,9 @@ def call(
             run_from_command_line(main, list(map(str, options)))
         except SystemExit as ended:
             code = ended.code
+        finally:
+            # After Ctrl-C, Lightning ignores any further one until the program ends, which here goes on.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         return subprocess.CompletedProcess(options, code, *capsys.readouterr())
 
     return run
