@@ -2,6 +2,7 @@
 
 python main.py
 python main.py --help
+python main.py --config logs/main/version_0/config.yaml    (the same run again)
 
 Read the body of `main` from top to bottom: data, model, Lightning module, folder and logger, callbacks, Trainer. The
 README explains them in this order. The parameters of `main` are the options of the command line, and its docstring is
@@ -85,25 +86,30 @@ def main(
     Returns:
         Test accuracy of the checkpoint with the best validation accuracy, in [0, 1].
     """
+    options = dict(locals())  # all of the above by their names, for config.yaml and for resuming
     pl.seed_everything(seed)
     data = MNISTDataModule(data_dir, batch_size, seed, augment=augment and not overfit_batches)  # seeds its shuffling
     model = MLP(hidden_sizes, activation, dropout)
     classifier = Classifier(model, learning_rate, weight_decay, label_smoothing)
-    # Ours: makes the folder logs/main/version_N, finds "last", refuses a checkpoint that has other hyperparameters.
-    run = open_run(Path(log_dir, "main"), ckpt_path, classifier.hparams, fast_dev_run)
+    # Ours: makes the folder logs/main/version_N with config.yaml, finds "last", refuses a checkpoint of other options.
+    # Lightning alone: nothing, as TensorBoardLogger(log_dir, name="main") numbers its folders by itself.
+    run = open_run(Path(log_dir, "main"), options)
     # purge_step: in a resumed run, TensorBoard drops what was logged after the checkpoint, as it is done again.
     logger = TensorBoardLogger(log_dir, name="main", version=run.version, purge_step=run.step, default_hp_metric=False)
-    best = ModelCheckpoint(monitor="accuracy/val", mode="max")
+    best = ModelCheckpoint(monitor="accuracy/val", mode="max")  # keeps the epoch that is tested
     callbacks = [
-        MetricsCallback(),  # logs the accuracy/val that others monitor
+        # Ours: logs the accuracy/val that others monitor. Lightning alone: metrics as attributes of the module.
+        MetricsCallback(),
         TestPicturesCallback(),  # confusion matrix and worst mistakes
         GradientHistogramCallback(),
         LearningRateMonitor(logging_interval="step"),
         EarlyStopping(monitor="accuracy/val", mode="max", patience=max_epochs if overfit_batches else patience),
-        FiniteLossCallback(),  # ends a run whose loss is NaN or infinite
-        best,  # keeps the epoch that is tested
-        # Ours: saves last.ckpt each epoch, restores the random state. By the path it checks that all processes resume.
-        ResumeCheckpoint(run.ckpt_path),
+        # Ours: ends a run whose loss is NaN or infinite. Lightning alone: EarlyStopping("loss/val", check_finite=True).
+        FiniteLossCallback(),
+        best,
+        # Ours: saves last.ckpt each epoch, with the random state. By the path it checks that all processes resume.
+        # Lightning alone: ModelCheckpoint(filename="newest", enable_version_counter=False), without random state.
+        ResumeCheckpoint(options, best, run.ckpt_path),
         TQDMProgressBar(refresh_rate=20),
         *([ActivationHistogramCallback()] if activation_histograms else []),
     ]
@@ -122,7 +128,8 @@ def main(
         logger=logger,
         log_every_n_steps=20,
         callbacks=callbacks,
-        plugins=[AtomicCheckpointIO()],  # ours: a crash while saving leaves the old file whole
+        # Ours: a crash while saving leaves the old file whole. Lightning alone: no such line.
+        plugins=[AtomicCheckpointIO()],
     )
     # weights_only is the name of torch.load's safe mode: optimizer, schedule and epoch are restored all the same.
     trainer.fit(classifier, data, ckpt_path=run.ckpt_path, weights_only=True)

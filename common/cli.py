@@ -4,14 +4,17 @@ import json
 import os
 import signal
 import sys
-import threading
 from argparse import Action
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch.distributed as dist
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import restricted_number_type
+from pytorch_lightning.core.saving import save_hparams_to_yaml
+from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 # In [0, 1): dropout or smoothing may be 0, but not 1.
@@ -30,48 +33,62 @@ class OneLineParser(ArgumentParser):
         return action
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+        exit_with_one_line(self.prog, message)
 
 
-def interrupt_again(unraisable: Any) -> None:
-    """Python drops an exception that leaves a destructor or another callback of the memory management.
+def exit_with_one_line(program: str, message: object) -> NoReturn:
+    rank = f"rank {rank_zero_only.rank}: " if rank_zero_only.rank else ""
+    print(f"{program}: error: {rank}{' '.join(str(message).split())}", file=sys.stderr)
+    sys.exit(2)
 
-    If that is Ctrl-C's KeyboardInterrupt, this raises it once more, a moment later.
+
+@contextmanager
+def one_line_errors(program: str) -> Iterator[None]:
+    """Ends the program with one line and status 2 at an error that the user can mend, in options or files.
+
+    Any other exception is a mistake in the code, whose traceback is wanted. Ctrl-C ends with the usual status 130.
     """
-    if unraisable.exc_type is not KeyboardInterrupt:
-        sys.__unraisablehook__(unraisable)
-    elif hasattr(signal, "pthread_kill"):  # wakes the main thread if it waits; Windows has none
-        threading.Timer(0.1, signal.pthread_kill, [threading.main_thread().ident, signal.SIGINT]).start()
-    else:
-        threading.Timer(0.1, signal.raise_signal, [signal.SIGINT]).start()
-
-
-def run_from_command_line(main: Callable[..., object], arguments: Sequence[str] | None = None) -> None:
-    """Calls `main` with the options of the command line.
-
-    An error that the user can mend, in options or files, ends the program with one line and exit status 2. Any other
-    exception is a mistake in the code, whose traceback is wanted.
-    """
-    sys.unraisablehook = interrupt_again
-    parser = OneLineParser(description=main.__doc__.splitlines()[0])
-    parser.add_function_arguments(main, as_group=False)
-    # JSON turns jsonargparse's PositiveInt into a plain int. Options get into checkpoints, and torch.load's safe mode
-    # refuses other classes there.
-    options = json.loads(parser.dump(parser.parse_args(arguments), format="json"))
     try:
-        main(**options)
+        yield
     except (OSError, FloatingPointError, MisconfigurationException, ValueError) as error:
         if isinstance(error, ValueError):
             # TensorBoardLogger makes a ValueError of the OSError of a full disk.
             if not isinstance(error.__cause__, OSError):
                 raise
             error = error.__cause__
-        if os.environ.get("LOCAL_RANK", "0") != "0":
-            sys.exit(2)  # the first process of this host says it, as it has the same error
-        parser.error(str(error))
-    except (KeyboardInterrupt, SIGTERMException):
-        sys.exit(1)
+        exit_with_one_line(program, error)
+    except RuntimeError as error:
+        if "gloo" not in str(error):
+            raise
+        exit_with_one_line(program, "another process has ended")  # and has said why
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if isinstance(stop, SIGTERMException):
+            sys.exit(128 + signal.SIGTERM)
+        # In a training, Lightning turns Ctrl-C into SystemExit.
+        if isinstance(stop, KeyboardInterrupt) or isinstance(stop.__context__, KeyboardInterrupt):
+            sys.exit(128 + signal.SIGINT)
+        raise
     finally:
         # Lightning ends a process group of GPUs, but not one of CPUs, whose threads may abort the exit of the program.
         if dist.is_available() and dist.is_initialized() and dist.get_backend() == "gloo":
             dist.destroy_process_group()
+
+
+def run_from_command_line(main: Callable[..., object], arguments: Sequence[str] | None = None) -> None:
+    """Calls `main` with the options of the command line, or of a file that `--config` names."""
+    parser = OneLineParser(description=main.__doc__.splitlines()[0])
+    parser.add_argument("--config", action="config", help="File of options, such as the config.yaml of a run.")
+    parser.add_function_arguments(main, as_group=False)
+    # JSON turns jsonargparse's PositiveInt into a plain int. Options get into checkpoints, and torch.load's safe mode
+    # refuses other classes there.
+    options = json.loads(parser.dump(parser.parse_args(arguments), format="json"))
+    # A shell expands no ~ after "=", as in --log_dir=~/runs.
+    options = {name: os.path.expanduser(value) if isinstance(value, str) else value for name, value in options.items()}
+    with one_line_errors(parser.prog):
+        main(**options)
+
+
+def save_config(folder: Path, options: dict[str, Any]) -> None:
+    """Writes `config.yaml` into the folder, with which `--config` does the same again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_hparams_to_yaml(folder / "config.yaml", options)

@@ -95,6 +95,7 @@ class MNISTDataModule(pl.LightningDataModule):
 
     def __init__(self, data_dir: str = DATA_DIR, batch_size: int = 512, seed: int = 42, augment: bool = True) -> None:
         super().__init__()
+        self.save_hyperparameters()  # into the logger's hyperparameters, beside those of the module
         self.data_dir, self.batch_size, self.seed, self.augment = data_dir, batch_size, seed, augment
         self.train_set = self.val_set = self.test_set = None
 
