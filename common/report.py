@@ -1,5 +1,6 @@
 """The report on a study: how its trials ended, the best ones as a table, pictures."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,16 @@ from optuna.importance import PedAnovaImportanceEvaluator
 from optuna.trial import FixedTrial, FrozenTrial, TrialState
 from optuna.visualization import matplotlib as plots
 
-from common.study import Space
+from common.study import SearchSpace
 
 
-def report(study: optuna.Study, space: Space, baseline: dict[str, Any], folder: Path) -> FrozenTrial | None:
+def report(
+    study: optuna.Study, search_space: SearchSpace, baseline: dict[str, Any], folder: Path, options: dict[str, Any]
+) -> FrozenTrial | None:
     """Prints how the trials ended and the best of them, draws the study, and returns the best trial if there is one.
 
-    `space` turns the parameters that the study has stored back into options of `main.py`.
+    `search_space` turns the parameters that the study has stored back into options of `main.py`. The command for the
+    full length has `options` too.
     """
     trials = study.get_trials(deepcopy=False)
     counts = {state.name.lower(): sum(trial.state == state for trial in trials) for state in TrialState}
@@ -29,35 +33,42 @@ def report(study: optuna.Study, space: Space, baseline: dict[str, Any], folder: 
     if not complete:
         return None
     best = complete[0]
-    print_table(complete[:5], space)
+    print_table(complete[:5], search_space)
     save_pictures(study, folder)
     print()
     for trial in complete:
         if trial.params == baseline:
             print(f"baseline {trial.value:.1%} -> best {best.value:.1%}")
     print(f"pictures, logs:   {folder}\nto look at them:  tensorboard --logdir {folder}")
-    print(f"full length:      python main.py {command_line(hyperparameters_of(best, space))}")
+    # The checkpoint also holds the arguments of its MLP, and Classifier builds it from them.
+    path = best.user_attrs.get("checkpoint", "none")
+    print(f'its weights:      Classifier.load_from_checkpoint("{path}", weights_only=True)')
+    if not Path(path).exists():
+        print("                  (on the machine that has trained it)")
+    print(f"full length:      python main.py {command_line(hyperparameters_of(best, search_space) | options)}")
     return best
 
 
-def hyperparameters_of(trial: FrozenTrial, space: Space) -> dict[str, Any]:
+def hyperparameters_of(trial: FrozenTrial, search_space: SearchSpace) -> dict[str, Any]:
     """The options of `main.py` that a finished trial has tried."""
-    return space(FixedTrial(trial.params))
+    return search_space(FixedTrial(trial.params))
 
 
-def command_line(hyperparameters: dict[str, Any]) -> str:
-    """The options with which `main.py` trains what the trial trained, to the last digit."""
-    values = {name: str(value).replace(" ", "") for name, value in hyperparameters.items()}
-    return " ".join(f'--{name} "{value}"' if "[" in value else f"--{name} {value}" for name, value in values.items())
+def command_line(options: dict[str, Any]) -> str:
+    """The options as one types them, to the last digit."""
+    values = {name: str(value).replace(", ", ",") for name, value in options.items()}
+    # Double quotes, as Windows knows no others.
+    quoted = {name: value if re.fullmatch(r"[\w./+-]+", value) else f'"{value}"' for name, value in values.items()}
+    return " ".join(f"--{name} {value}" for name, value in quoted.items())
 
 
-def print_table(trials: list[FrozenTrial], space: Space) -> None:
+def print_table(trials: list[FrozenTrial], search_space: SearchSpace) -> None:
     """Prints a line for each trial, with its numbers rounded."""
-    rows = [["trial", "val accuracy", *hyperparameters_of(trials[0], space)]]
+    rows = [["trial", "val accuracy", *hyperparameters_of(trials[0], search_space)]]
     for trial in trials:
-        values = hyperparameters_of(trial, space).values()
-        shown = [f"{value:.3g}" if isinstance(value, float) else str(value) for value in values]
-        rows.append([str(trial.number), f"{trial.value:.2%}", *shown])
+        values = hyperparameters_of(trial, search_space).values()
+        rounded = [f"{value:.3g}" if isinstance(value, float) else str(value) for value in values]
+        rows.append([str(trial.number), f"{trial.value:.2%}", *rounded])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     print()
     for row in rows:

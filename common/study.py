@@ -2,31 +2,35 @@
 
 import logging
 import multiprocessing
+import os
 import re
 import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
+from multiprocessing.process import BaseProcess
 from typing import Any
-from urllib.parse import quote
 
 import numpy as np
 import optuna
 import torch
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import RetryHeartbeatStaleTrialCallback
-from optuna.trial import FrozenTrial, TrialState
+from optuna.study import StudyDirection
+from optuna.trial import FixedTrial, FrozenTrial, TrialState
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
-from sqlalchemy import event, make_url
+from sqlalchemy import URL, event, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
 from tqdm import tqdm
 
-Space = Callable[[optuna.Trial], dict[str, Any]]
+from common.cli import one_line_errors
+
+SearchSpace = Callable[[optuna.Trial], dict[str, Any]]
 STORAGE_ERRORS = (StorageInternalError, DBAPIError)
-# Seconds for which workers wait for a database that does not answer.
-DATABASE_TIMEOUT = 120
+# What may go wrong in a training without a mistake in the code. The trial counts as failed, and the study goes on.
+TRAINING_ERRORS = (FloatingPointError, torch.OutOfMemoryError)
 
 
 class SharedStorage(optuna.storages.RDBStorage):
@@ -35,10 +39,11 @@ class SharedStorage(optuna.storages.RDBStorage):
     A worker that has not been heard of for 15 seconds is taken for dead, and its trial is run again.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: URL) -> None:
+        is_sqlite = url.get_backend_name() == "sqlite"
         super().__init__(
-            url,
-            engine_kwargs={"pool_pre_ping": True, "connect_args": {"timeout": 60} if url.startswith("sqlite") else {}},
+            url.render_as_string(hide_password=False),
+            engine_kwargs={"pool_pre_ping": True, "connect_args": {"timeout": 60} if is_sqlite else {}},
             heartbeat_interval=5,
             grace_period=15,
             heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=3),
@@ -46,7 +51,7 @@ class SharedStorage(optuna.storages.RDBStorage):
         # Optuna reads a trial FOR UPDATE before it claims it, which SQLite ignores: two workers could claim it. So each
         # transaction takes SQLite's only lock at its start, as SQLAlchemy's documentation shows. Not before
         # super().__init__, which checks the tables through two connections at once.
-        if self.engine.dialect.name == "sqlite":
+        if is_sqlite:
             event.listen(self.engine, "connect", lambda connection, _: setattr(connection, "isolation_level", None))
             event.listen(self.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
             self.engine.dispose()
@@ -57,220 +62,221 @@ class SharedStorage(optuna.storages.RDBStorage):
             super().record_heartbeat(trial_id)
 
 
-class LostTrial(BaseException):
-    """Ends `study.optimize` but not the trial, which stays RUNNING; on an `Exception` Optuna would mark it as failed.
+class SurplusTrialError(Exception):
+    """Two workers opened the last trial at the same moment, and the later one steps back.
 
-    A running trial without heartbeats is run again.
+    Optuna marks its trial as failed. Without an `error` attribute it does not count.
     """
 
 
-def study_folder(folder: Path, storage: str | None, study_name: str) -> Path:
-    """Names the folder of a study's logs after storage and study, as studies in two storages may share a name."""
-    if storage:
-        with suppress(ArgumentError, ValueError):
-            url = make_url(storage)
-            parts = [url.get_backend_name(), url.host, url.port, url.database]
-            folder /= quote("_".join(str(part) for part in parts if part), safe="")
-    return folder / study_name
-
-
-def create_or_load_study(url: str, study_name: str, pruner: optuna.pruners.BasePruner) -> optuna.Study:
-    """Opens the database, makes its tables and the study if it has none, and returns the study.
+def storage_url(storage: str) -> URL:
+    """Reads a database URL.
 
     Raises:
-        MisconfigurationException: saying why it cannot.
+        MisconfigurationException: if it is none. The message has no more of it than the part before the colon.
     """
-    shown = re.match(r"[\w+-]*", url)[0]  # what follows may hold a password
+    try:
+        return make_url(storage)
+    except (ArgumentError, ValueError) as error:
+        scheme = re.match(r"[\w+-]*", storage)[0]  # what follows may hold a password
+        raise MisconfigurationException(
+            f"--storage {scheme}: no database URL such as postgresql+psycopg://user@host/database"
+        ) from error
+
+
+def without_secrets(url: URL) -> str:
+    """The URL without password and query."""
+    return URL.create(url.drivername, url.username, None, url.host, url.port, url.database).render_as_string()
+
+
+def refused(error: Exception) -> MisconfigurationException:
+    """What the database or its driver has said, without the URL, which may hold a password."""
+    while error.__cause__:
+        error = error.__cause__
+    return MisconfigurationException(f"--storage: {error}")
+
+
+def create_or_load_study(url: URL, study_name: str, pruner: optuna.pruners.BasePruner) -> optuna.Study:
     for attempt in range(3):
         try:
             storage = SharedStorage(url)
             return optuna.create_study(
                 storage=storage, study_name=study_name, pruner=pruner, direction="maximize", load_if_exists=True
             )
-        except (ArgumentError, ValueError, LookupError) as error:
-            raise MisconfigurationException(f"--storage {shown}: no database URL such as sqlite:///file.db") from error
-        except ImportError as error:
-            raise MisconfigurationException(f"--storage {shown}: its driver is not installed") from error
-        except STORAGE_ERRORS as error:
-            if attempt == 2:
-                reason = str(error.__cause__).splitlines()[0]
-                raise MisconfigurationException(f"--storage {shown}: {reason}") from error
-            time.sleep(1)  # another program may be making the tables at the same moment
+        # A RuntimeError means that the tables are those of another Optuna.
+        except (ArgumentError, ImportError, RuntimeError, *STORAGE_ERRORS) as error:
+            # Another program may be making the tables at the same moment.
+            if attempt == 2 or not isinstance(error, STORAGE_ERRORS):
+                raise refused(error) from error
+            time.sleep(1)
 
 
 def open_study(
-    storage: str, study_name: str, pruner: optuna.pruners.BasePruner, space: Space, max_epochs: int
+    url: URL,
+    study_name: str,
+    pruner: optuna.pruners.BasePruner,
+    search_space: SearchSpace,
+    max_epochs: int,
 ) -> optuna.Study:
     """Creates the study or loads it, if it is the same search.
 
     Raises:
-        MisconfigurationException: if the storage cannot be opened, or its study has another space or other epochs.
+        MisconfigurationException: if the storage cannot be opened, or its study has another direction, other epochs or
+            another search space. Trials of these could not be compared.
     """
     # The progress bar says it all; Lightning would introduce each trial anew.
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    study = create_or_load_study(storage, study_name, pruner)
-    # Trials of another length or from another space cannot be compared with these.
-    stored = study.user_attrs.get("max_epochs", max_epochs)
-    if stored != max_epochs:
-        raise MisconfigurationException(f"study {study_name!r} has max_epochs {stored}; take another --study_name")
+    study = create_or_load_study(url, study_name, pruner)
+    if difference := difference_of(study, search_space, max_epochs):
+        raise MisconfigurationException(f"study {study_name!r} {difference}; take another --study_name")
     study.set_user_attr("max_epochs", max_epochs)
-    # `space` is called again with each stored trial's values, in a study that is thrown away. If it asks for other
-    # parameters or ranges than are stored, the space has changed.
-    blank = optuna.create_study()
-    for trial in study.get_trials(deepcopy=False):
-        blank.enqueue_trial(trial.params)
-        requested = blank.ask()
-        space(requested)
-        asked = requested.distributions
-        # A trial that was not completed may not have asked for all of its parameters.
-        for name in [*trial.distributions, *(asked if trial.state == TrialState.COMPLETE else [])]:
-            if asked.get(name) != trial.distributions.get(name):
-                raise MisconfigurationException(
-                    f"study {study_name!r} has another search space ({name}); take another --study_name"
-                )
     return study
+
+
+def difference_of(study: optuna.Study, search_space: SearchSpace, max_epochs: int) -> str | None:
+    """Says in which way a stored study is another search, whose trials could not be compared with new ones."""
+    if study.directions != [StudyDirection.MAXIMIZE]:
+        return "does not maximize a single value"
+    if (stored := study.user_attrs.get("max_epochs", max_epochs)) != max_epochs:
+        return f"has max_epochs {stored}"
+    for trial in study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]):
+        replayed = FixedTrial(trial.params)
+        with suppress(ValueError):  # the search space asks for what the trial has not
+            search_space(replayed)
+        if replayed.distributions != trial.distributions:
+            return "has another search space"
+    return None
 
 
 def counted_trials(trials: list[FrozenTrial]) -> list[FrozenTrial]:
     """All trials but those that failed without an `error` attribute.
 
-    Such a trial was lost with its worker and is run again under another number, or `run_trial` has refused it.
+    Such a trial was lost with its worker and is run again under another number, or it was a surplus.
     """
     return [trial for trial in trials if trial.state != TrialState.FAIL or "error" in trial.user_attrs]
 
 
-def run_trial(
-    trial: optuna.Trial,
-    objective: Callable[[optuna.Trial], float],
-    n_trials: int,
-    seed: int,
-    baseline: dict[str, Any] | None = None,
-) -> float:
-    """Calls `objective` with a sampler of the trial's own, unless the study has its `n_trials` already."""
-    trials = trial.study.get_trials(deepcopy=False)
-    if trial.number in [other.number for other in counted_trials(trials)[n_trials:]]:
-        # Two workers opened the last trial at the same moment, and the later one steps back. Optuna marks its trial as
-        # failed, and without an `error` attribute it does not count.
-        raise RuntimeError("the study has its trials")
-    # A retry takes the number of the trial that it repeats, and so its suggestions.
-    number = RetryHeartbeatStaleTrialCallback.retried_trial_number(trials[trial.number])
-    number = trial.number if number is None else number
-    # Optuna asks the sampler at each suggest_...(), so a sampler set now serves this trial. Its seed is a function of
-    # seed and number, so that neither a continued study nor a second worker repeats suggestions. Their sum would not
-    # do: the trials of seed 1 would be those of seed 0, one later. constant_liar keeps it away from what other workers
-    # are just trying.
-    sampler_seed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
-    trial.study.sampler = optuna.samplers.TPESampler(seed=sampler_seed, constant_liar=True)
-    if baseline and number == 0:
-        # Not enqueued, as two workers that create the study would do it twice.
-        trial.study.sampler = optuna.samplers.PartialFixedSampler(baseline, trial.study.sampler)
+def run_trial(study: optuna.Study, objective: Callable[[optuna.Trial], float], n_trials: int, seed: int) -> None:
+    """Runs one trial, unless the study turns out to have its `n_trials`. A mistake in the code is raised."""
+    mistakes: list[Exception] = []
+
+    def objective_of_this_worker(trial: optuna.Trial) -> float:
+        if trial.number in [other.number for other in counted_trials(study.get_trials(deepcopy=False))[n_trials:]]:
+            raise SurplusTrialError
+        # Optuna asks the sampler at each suggest_...(), so a sampler set now serves this trial. Its seed is a function
+        # of seed and number, so that neither a continued study nor a second worker repeats suggestions. Their sum would
+        # not do: the trials of seed 1 would be those of seed 0, one later.
+        sampler_seed = int(np.random.SeedSequence([seed, trial.number]).generate_state(1)[0])
+        # constant_liar keeps it away from what other workers are just trying.
+        study.sampler = optuna.samplers.TPESampler(seed=sampler_seed, constant_liar=True)
+        try:
+            return objective(trial)
+        except TRAINING_ERRORS as error:
+            trial.set_user_attr("error", str(error))  # so it counts, and the report says why
+            raise
+        except optuna.TrialPruned:
+            raise
+        except Exception as error:
+            mistakes.append(error)
+            raise
+
     try:
-        return objective(trial)
-    except optuna.TrialPruned:
-        raise
-    except KeyboardInterrupt as interrupt:
-        # On KeyboardInterrupt Optuna would mark the trial as failed, and nobody would run it again. In a fit, Lightning
-        # turns Ctrl-C into SystemExit; outside a fit, this does.
-        raise SystemExit(1) from interrupt
-    except (UpdateFinishedTrialError, *STORAGE_ERRORS) as error:
-        raise LostTrial from error
-    except Exception as error:
-        trial.set_user_attr("error", str(error))
-        raise
+        study.optimize(objective_of_this_worker, n_trials=1, catch=(*TRAINING_ERRORS, SurplusTrialError))
+    except (UpdateFinishedTrialError, ValueError, AssertionError, UnboundLocalError) as error:
+        # Optuna itself raises one of these if another worker took this one for dead, ended its trial and repeats it, or
+        # if the database is gone, which the caller meets next.
+        if error in mistakes:
+            raise
 
 
 def run_worker(
     open_study: Callable[[], optuna.Study],
-    run_next: Callable[[optuna.Trial], float],
+    objective: Callable[[optuna.Trial], float],
     n_trials: int,
     deadline: float,
+    seed: int,
     threads: int,
-    show_bar: bool,
+    others: Sequence[BaseProcess] = (),
 ) -> None:
     """Runs trials until the study has `n_trials`, together with whoever else works on it.
 
     Raises:
-        MisconfigurationException: if the database has not answered for two minutes.
+        MisconfigurationException: if the database fails, or one of the `others` has ended with an error.
     """
     torch.set_num_threads(threads)
-    study, given_heartbeat, failing_since = open_study(), set(), None
-    with tqdm(total=n_trials, unit="trial", disable=not show_bar) as bar:
+    study, given_heartbeat = open_study(), set()
+    bar = tqdm(total=n_trials, unit="trial", disable=multiprocessing.parent_process() is not None)
+    try:
         while time.time() < deadline:
-            try:
-                if not run_one(study, run_next, n_trials, given_heartbeat, bar):
-                    break
-                failing_since = None
-            except LostTrial:
+            if any((process.exitcode or 0) > 0 for process in others):  # below 0: killed, and its trial is run again
+                raise MisconfigurationException("another worker has ended with an error")
+            trials = study.get_trials(deepcopy=False)
+            unfinished = [trial for trial in trials if not trial.state.is_finished()]
+            opened = len(counted_trials(trials))
+            bar.n = max(0, min(opened, n_trials) - len(unfinished))
+            bar.set_postfix({"best": max((trial.value for trial in trials if trial.value), default=None)})
+            # A dead worker's trial waits to be run again.
+            if opened < n_trials or any(trial.state == TrialState.WAITING for trial in unfinished):
+                run_trial(study, objective, n_trials, seed)
                 continue
-            except Exception as error:
-                # Of the database, or of Optuna ending a trial that another worker has taken over. `run_one` lets Optuna
-                # catch those of the objective.
-                failing_since = failing_since or time.time()
-                if time.time() > failing_since + DATABASE_TIMEOUT:
-                    raise MisconfigurationException(f"the database does not answer: {error}") from error
-                time.sleep(1)
-
-
-def run_one(
-    study: optuna.Study, run_next: Callable[[optuna.Trial], float], n_trials: int, given_heartbeat: set[int], bar: tqdm
-) -> bool:
-    """Runs a trial if there is one to run, waits a second if others run the last ones, and returns whether to go on."""
-    trials = study.get_trials(deepcopy=False)
-    unfinished = [trial for trial in trials if not trial.state.is_finished()]
-    opened = len(counted_trials(trials))
-    bar.n = max(0, min(opened, n_trials) - len(unfinished))
-    bar.set_postfix({"best": max((trial.value for trial in trials if trial.value), default=None)})
-    # A dead worker's trial waits to be run again.
-    if opened < n_trials or any(trial.state == TrialState.WAITING for trial in unfinished):
-        study.optimize(run_next, n_trials=1, catch=Exception)
-    elif unfinished:
-        time.sleep(1)
-        optuna.storages.fail_stale_trials(study)
-        for trial in unfinished:
-            # Its worker may have died before the first heartbeat, and Optuna takes no trial without any for dead. One
+            if not unfinished:
+                break
+            time.sleep(1)
+            optuna.storages.fail_stale_trials(study)
+            # A worker may have died before its first heartbeat, and Optuna takes no trial without any for dead. One
             # from here lets it grow stale.
-            if trial.number not in given_heartbeat:
-                study._storage.record_heartbeat(trial._trial_id)
-                given_heartbeat.add(trial.number)
-    return bool(unfinished) or opened < n_trials
+            for trial in unfinished:
+                if trial.number not in given_heartbeat:
+                    study._storage.record_heartbeat(trial._trial_id)
+                    given_heartbeat.add(trial.number)
+    except STORAGE_ERRORS as error:
+        raise refused(error) from error
+    finally:
+        bar.close()
+
+
+def run_child(name: str, run: Callable[[], None]) -> None:
+    """Runs a worker in a process of its own, which ends when its parent has ended, however that was."""
+
+    def end_with_parent() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    with one_line_errors(name):
+        run()
 
 
 def run_workers(
     open_study: Callable[[], optuna.Study],
     objectives: list[Callable[[optuna.Trial], float]],
-    baseline: dict[str, Any],
     n_trials: int,
     timeout: float,
     seed: int,
-    threads: int,
 ) -> None:
     """Runs a worker here, and one in a process of its own for each further objective, until the study has `n_trials`.
 
     Processes and not Optuna's n_jobs, whose threads would share the interpreter and the random state.
     """
-    runs = [
-        partial(run_trial, objective=objective, n_trials=n_trials, seed=seed, baseline=baseline)
-        for objective in objectives
-    ]
-    context, deadline = multiprocessing.get_context("spawn"), time.time() + timeout
+    threads = max(1, torch.get_num_threads() // len(objectives))  # an equal share of what torch takes by default
+    shared = {"n_trials": n_trials, "deadline": time.time() + timeout, "seed": seed, "threads": threads}
+    runs = [partial(run_worker, open_study, objective, **shared) for objective in objectives]
+    context = multiprocessing.get_context("spawn")
     # A terminal sends Ctrl-C to all processes. A process inherits that its parent ignores it: so this one does while it
     # starts the others, and afterwards heeds it and ends them.
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    others = [
-        context.Process(target=run_worker, args=(open_study, run_next, n_trials, deadline, threads, False))
-        for run_next in runs[1:]
-    ]
+    others = [context.Process(target=run_child, args=(f"worker {i}", run)) for i, run in enumerate(runs[1:], start=1)]
     for process in others:
         process.start()
     try:
         signal.signal(signal.SIGINT, handler)
-        run_worker(open_study, runs[0], n_trials, deadline, threads, show_bar=True)
+        runs[0](others=others)
         for process in others:
             process.join()
-    except (KeyboardInterrupt, SystemExit):  # Lightning turns Ctrl-C in a training into SystemExit
-        print("\ninterrupted; the same command continues the study")
     finally:
         for process in others:
             process.terminate()
-            process.join()
+        for process in others:
+            process.join(10)
+            process.kill()  # one that was between two trainings may have missed the first signal

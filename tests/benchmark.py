@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from pytorch_lightning.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.loggers import TensorBoardLogger
+from sqlalchemy import URL
 from torch.utils.data import DataLoader, random_split
 from torchvision.datasets import MNIST
 from torchvision.transforms import Compose, Normalize, ToTensor
@@ -345,8 +346,9 @@ def long() -> None:
 # Studies
 
 
-def open_study(storage: str, max_epochs: int) -> optuna.Study:
-    return common.study.open_study(storage, "mnist", sweep.PRUNER, sweep.suggest_hyperparameters, max_epochs)
+def open_study(folder: str, max_epochs: int) -> optuna.Study:
+    url = URL.create("sqlite", database=f"{folder}/optuna.db")
+    return common.study.open_study(url, "mnist", sweep.PRUNER, sweep.suggest_hyperparameters, max_epochs)
 
 
 def random_trials(count: int) -> list[dict[str, Any]]:
@@ -365,7 +367,7 @@ def parallel_sweep(workers: int, threads: int) -> float:
     """
     folder = tempfile.mkdtemp()
     Path(folder, "sweep").mkdir()
-    study = open_study(f"sqlite:///{folder}/sweep/optuna.db", max_epochs=1)
+    study = open_study(f"{folder}/sweep", max_epochs=1)
     for params in random_trials(24):
         study.enqueue_trial(params)
     options = ("--n_trials", "24", "--max_epochs", "1", "--workers", str(workers), "--log_dir", folder)
@@ -387,16 +389,16 @@ def workers() -> None:
 def run_study(seed: int, at_full_length: list[dict[str, Any]] | None = None) -> optuna.Study:
     """A study of 20 trials as `sweep.py --seed` runs it, or of given trials without pruning and early stopping."""
     folder = tempfile.mkdtemp()
-    study = open_study(f"sqlite:///{folder}/optuna.db", max_epochs=5)
-    options = {"folder": folder, "max_epochs": 5, "patience": 3, "seed": seed, "accelerator": "cpu"}
+    study = open_study(folder, max_epochs=5)
+    options = {"folder": Path(folder), "max_epochs": 5, "patience": 3, "seed": seed, "accelerator": "cpu", "devices": 1}
     if at_full_length:
         study.pruner = optuna.pruners.NopPruner()
         options["patience"] = options["max_epochs"]
-    for params in at_full_length or []:
+    for params in at_full_length or [sweep.BASELINE]:
         study.enqueue_trial(params)
     objective = partial(sweep.objective, data=MNISTDataModule(seed=seed), **options)
-    run_next = partial(run_trial, objective=objective, n_trials=20, seed=seed, baseline=sweep.BASELINE)
-    study.optimize(run_next, n_trials=20, catch=Exception)
+    for _ in range(20):
+        run_trial(study, objective, 20, seed)
     return study
 
 

@@ -3,6 +3,10 @@
 import multiprocessing
 import os
 import random
+import signal
+import sqlite3
+import subprocess
+import sys
 import time
 from collections import Counter
 from functools import partial
@@ -10,18 +14,19 @@ from pathlib import Path
 
 import optuna
 import pytest
-import pytorch_lightning as pl
 from optuna.storages import RetryHeartbeatStaleTrialCallback
 from optuna.trial import TrialState
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from sqlalchemy import URL, make_url
 
 import sweep
-from common.data import MNISTDataModule
-from common.study import counted_trials, open_study, run_trial, run_worker, run_workers, study_folder
-from tests.conftest import assert_one_line_error
+from common.cli import one_line_errors
+from common.study import counted_trials, open_study, run_worker, run_workers
+from tests.conftest import ROOT, assert_one_line_error
+from tests.test_runs import is_gone
 
 # The workers inherit what is imported here; only `run_workers` starts them as new programs.
 FORK = multiprocessing.get_context("fork")
-BASELINE = {"x": 0.125}
 
 
 def space(trial: optuna.Trial) -> dict[str, float]:
@@ -29,7 +34,7 @@ def space(trial: optuna.Trial) -> dict[str, float]:
 
 
 def open_quick(url: str, grace_period: int = 15) -> optuna.Study:
-    study = open_study(url, "quick", optuna.pruners.NopPruner(), space, 1)
+    study = open_study(make_url(url), "quick", optuna.pruners.NopPruner(), space, 1)
     study._storage._backend.grace_period = grace_period
     return study
 
@@ -42,14 +47,9 @@ def finished(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
     return [trial for trial in study.get_trials() if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)]
 
 
-def runs_of(objective, n_trials: int) -> partial:
-    return partial(run_trial, objective=objective, n_trials=n_trials, seed=0, baseline=BASELINE)
-
-
 def work(url: str, objective, n_trials: int, grace_period: int = 15) -> None:
     """A worker, as in `run_workers`."""
-    run_next = runs_of(objective, n_trials)
-    run_worker(partial(open_quick, url, grace_period), run_next, n_trials, time.time() + 120, 1, show_bar=False)
+    run_worker(partial(open_quick, url, grace_period), objective, n_trials, time.time() + 120, seed=0, threads=1)
 
 
 def note(path: Path, trial: optuna.Trial) -> float:
@@ -90,7 +90,6 @@ def test_eight_workers_run_each_trial_once(kind: str, tmp_path: Path, request: p
     notes = [line.split() for line in path.read_text().splitlines()]
     assert sorted(int(number) for number, _ in notes) == sorted(trial.number for trial in finished(study))
     xs = Counter(float(x) for _, x in notes)
-    assert xs[BASELINE["x"]] == 1
     assert [xs[x] for x in queue] == [1] * len(queue)
 
 
@@ -113,7 +112,6 @@ def test_worker_that_loses_its_trial_goes_on(tmp_path: Path):
     work(url, partial(lose, url), 5)
     study = open_quick(url)
     assert len(finished(study)) == 5
-    assert sum(trial.params == BASELINE for trial in finished(study)) == 1
     assert {trial.number for trial in study.trials} - {trial.number for trial in finished(study)} == {0, 1, 2}
 
 
@@ -123,7 +121,6 @@ def test_trial_without_a_heartbeat_is_not_waited_for(tmp_path: Path):
     study._storage.create_new_trial(study._study_id)  # RUNNING, as a worker leaves it that dies right then
     work(url, partial(note, tmp_path / "notes"), 2, grace_period=1)
     assert [trial.state.name for trial in study.trials] == ["FAIL", "COMPLETE", "COMPLETE"]
-    assert sum(trial.params == BASELINE for trial in finished(study)) == 1
 
 
 def test_trial_lost_without_a_retry_is_replaced(tmp_path: Path):
@@ -141,8 +138,13 @@ def nap(trial: optuna.Trial) -> float:
     return space(trial)["x"]
 
 
+def work_as_a_program(*arguments: object) -> None:
+    with one_line_errors("worker"):
+        work(*arguments)
+
+
 def start_two(url: str, n_trials: int) -> list:
-    processes = [FORK.Process(target=work, args=(url, nap, n_trials, 1)) for _ in range(2)]
+    processes = [FORK.Process(target=work_as_a_program, args=(url, nap, n_trials, 1)) for _ in range(2)]
     for process in processes:
         process.start()
     return processes
@@ -165,18 +167,19 @@ def test_ten_kills_lose_no_trial(kind: str, tmp_path: Path, request: pytest.Fixt
     assert len(counted_trials(study.trials)) == 30
 
 
-def test_workers_wait_for_a_database_that_is_away(server, postgresql: str):
+def test_database_that_is_gone_is_one_line(server, postgresql: str, capfd: pytest.CaptureFixture):
     study = open_quick(postgresql)
-    processes = start_two(postgresql, 20)
+    processes = start_two(postgresql, 1000)
     while len(finished(study)) < 3:
         time.sleep(0.05)
     server.stop()
-    time.sleep(3)
-    server.start()
     for process in processes:
         process.join(120)
-    assert [process.exitcode for process in processes] == [0, 0]
-    assert len(finished(study)) == 20
+    server.start()
+    assert [process.exitcode for process in processes] == [2, 2]
+    errors = capfd.readouterr().err.splitlines()
+    assert len([line for line in errors if "error: --storage: " in line]) == 2
+    assert not [line for line in errors if "Traceback" in line]
 
 
 def meet(trial: optuna.Trial) -> float:
@@ -189,27 +192,96 @@ def meet(trial: optuna.Trial) -> float:
 
 def test_both_workers_work_and_keep_the_total(tmp_path: Path):
     url = f"sqlite:///{tmp_path}/study.db"
-    run_workers(partial(open_quick, url), [meet] * 2, BASELINE, 4, timeout=300, seed=0, threads=1)
+    run_workers(partial(open_quick, url), [meet] * 2, 4, timeout=300, seed=0)
     assert len(finished(open_quick(url))) == 4
     assert len({trial.user_attrs["worker"] for trial in finished(open_quick(url))}) == 2
 
 
-def test_studies_of_one_name_have_folders_of_their_own():
-    storages = ["sqlite:///a/b.db", "sqlite:///a_b.db", "postgresql+psycopg://me:secret@host:5433/a", "nonsense", None]
-    storages += ["postgresql+psycopg://host/a", "postgresql+psycopg://host/b", "postgresql+psycopg://tsoh/a"]
-    folders = [study_folder(Path("logs"), storage, "mnist") for storage in storages]
-    assert len(set(folders)) == len(folders) - 1  # what is no URL opens no study
-    assert "secret" not in str(folders)
+def mistaken(trial: optuna.Trial) -> float:
+    """An objective with a mistake that the second worker alone meets. The first one waits for it."""
+    if multiprocessing.parent_process():
+        raise KeyError("wdith")
+    while all(other.state != TrialState.FAIL for other in trial.study.get_trials(deepcopy=False)):
+        time.sleep(0.1)
+    return space(trial)["x"]
 
 
-def test_report_tests_no_checkpoint_of_another_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
-    study = optuna.create_study(direction="maximize")
-    (tmp_path / "other").mkdir()
-    checkpoint = tmp_path / "other" / "best.ckpt"
-    checkpoint.write_bytes(b"no checkpoint at all")
-    study.add_trial(optuna.create_trial(value=0.9, user_attrs={"checkpoint": str(checkpoint)}))
-    sweep.test_best(study, study.best_trial, MNISTDataModule(), tmp_path / "mine", "cpu")
-    assert capsys.readouterr().out == ""
+def test_mistake_in_one_worker_shows_its_traceback_and_ends_all(tmp_path: Path, capfd: pytest.CaptureFixture):
+    url = f"sqlite:///{tmp_path}/study.db"
+    with pytest.raises(MisconfigurationException, match="another worker has ended with an error"):
+        run_workers(partial(open_quick, url), [mistaken] * 2, 10**6, timeout=300, seed=0)
+    assert 'raise KeyError("wdith")' in capfd.readouterr().err
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize("error", [ValueError, AssertionError])
+def test_mistake_is_raised_whatever_its_type(tmp_path: Path, error: type[Exception]):
+    def objective(trial: optuna.Trial) -> float:
+        raise error("on purpose")
+
+    with pytest.raises(error, match="on purpose"):
+        work(f"sqlite:///{tmp_path}/study.db", objective, 1)
+
+
+def hang(trial: optuna.Trial) -> float:
+    trial.set_user_attr("worker", os.getpid())
+    time.sleep(600)
+    return space(trial)["x"]
+
+
+ALONE = """
+import sys
+from functools import partial
+from common.study import run_workers
+from tests.test_study import hang, open_quick
+
+if __name__ == "__main__":
+    run_workers(partial(open_quick, sys.argv[1]), [hang] * 2, 4, timeout=300, seed=0)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("workers_at_work", [0, 2])
+def test_worker_ends_with_its_parent(number: signal.Signals, workers_at_work: int, tmp_path: Path):
+    url = f"sqlite:///{tmp_path}/study.db"
+    study = open_quick(url)
+    (tmp_path / "alone.py").write_text(ALONE)
+    parent = subprocess.Popen(
+        [sys.executable, tmp_path / "alone.py", url], env=os.environ | {"PYTHONPATH": str(ROOT)}, start_new_session=True
+    )
+    while not (
+        child := subprocess.run(["pgrep", "-P", str(parent.pid), "-f", "spawn_main"], capture_output=True).stdout
+    ):
+        time.sleep(0.02)
+    while len({trial.user_attrs.get("worker") for trial in study.trials} - {None}) < workers_at_work:
+        time.sleep(0.05)
+    parent.send_signal(number)
+    assert parent.wait(20) == -number
+    for _ in range(200):
+        if is_gone(int(child)):
+            return
+        time.sleep(0.1)
+    pytest.fail("the second worker goes on alone")
+
+
+@pytest.mark.parametrize("name", ["what?", "a%20b", "a{b}", "#1 & co"])
+def test_folder_of_any_name_holds_the_database(name: str, tmp_path: Path):
+    path = tmp_path / name / "optuna.db"
+    path.parent.mkdir()
+    open_study(URL.create("sqlite", database=str(path)), "any", optuna.pruners.NopPruner(), space, 1)
+    assert [file for file in tmp_path.rglob("*") if file.is_file()] == [path]
+
+
+def test_study_of_another_direction_or_optuna_is_one_line(call, tmp_path: Path):
+    storage = f"sqlite:///{tmp_path}/other.db"
+    optuna.create_study(storage=storage, study_name="down", direction="minimize")
+    optuna.create_study(storage=storage, study_name="two", directions=["maximize", "maximize"])
+    for name in ("down", "two"):
+        result = call(sweep.main, "--storage", storage, "--study_name", name)
+        assert_one_line_error(result, name, "does not maximize a single value", "--study_name")
+    with sqlite3.connect(tmp_path / "other.db") as connection:
+        connection.execute("UPDATE alembic_version SET version_num = 'v1.3.0.a'")
+    assert_one_line_error(call(sweep.main, "--storage", storage), "--storage: The runtime optuna version")
 
 
 @pytest.mark.parametrize(
@@ -219,10 +291,10 @@ def test_report_tests_no_checkpoint_of_another_study(tmp_path: Path, monkeypatch
         ("postgresql+psycopg://me:secret@127.0.0.1:9/none", ["refused"]),
         ("postgresql+psycopg://me:secret@127.0.0.1:port/none", ["URL"]),
         ("postgresql+psycopg://me:secret/none", ["URL"]),
-        ("postgresql+psycopg://me:sec{secret}@127.0.0.1:9/none", ["URL"]),
+        ("postgresql+psycopg://me:sec{secret}@127.0.0.1:9/none", ["refused"]),
         ("postgresql:/me:secret@127.0.0.1/none", ["URL"]),
         ("postgresql+psycopg://127.0.0.1:9/none?user=me&password=secret", ["refused"]),
-        ("mysql://me:secret@127.0.0.1/none", ["driver", "not installed"]),
+        ("mysql://me:secret@127.0.0.1/none", ["No module named"]),
     ],
 )
 def test_no_error_shows_the_password(url: str, words: list[str], call):
@@ -239,29 +311,6 @@ def test_rights_that_a_database_denies_are_one_line(server, postgresql: str, cal
     assert_one_line_error(call(sweep.main, "--storage", guest), "permission denied for table")
 
 
-def test_report_takes_one_device_of_the_accelerator_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    taken = []
-
-    class Stop(Exception):  # noqa: N818 - it ends the test there, before any training
-        pass
-
-    def trainer(**options: object) -> None:
-        taken.append((options["accelerator"], options["devices"]))
-        raise Stop
-
-    (tmp_path / "best.ckpt").touch()
-    study = optuna.create_study(direction="maximize")
-    study.add_trial(optuna.create_trial(value=0.9, user_attrs={"checkpoint": str(tmp_path / "best.ckpt")}))
-    monkeypatch.setattr(sweep.Classifier, "load_from_checkpoint", lambda path, weights_only: None)
-    monkeypatch.setattr(pl, "Trainer", trainer)
-    with pytest.raises(Stop):
-        sweep.test_best(study, study.best_trial, MNISTDataModule(), tmp_path, "gpu")
-    assert taken == [("gpu", 1)]
-
-
-@pytest.mark.parametrize(
-    ("devices", "gpus", "taken"),
-    [(1, 1, [[0], [0], [0]]), (1, 2, [[0], [1], [0]]), (2, 4, [[0, 1], [2, 3], [0, 1]]), (2, 0, [2, 2, 2])],
-)
-def test_workers_take_the_gpus_in_turn(devices: int, gpus: int, taken: list):
-    assert [sweep.devices_of(worker, devices, gpus) for worker in range(3)] == taken
+@pytest.mark.parametrize(("gpus", "taken"), [(0, [1, 1, 1]), (1, [[0], [0], [0]]), (2, [[0], [1], [0]])])
+def test_workers_take_the_gpus_in_turn(gpus: int, taken: list):
+    assert [sweep.device_of(worker, gpus) for worker in range(3)] == taken
