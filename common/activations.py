@@ -110,6 +110,7 @@ class ActivationHistogramCallback(pl.Callback):
             self._write(trainer, scalars)
 
     def _record(self, trainer: pl.Trainer, what: str, name: str, values: Tensor) -> None:
+        values = values.float()  # TensorBoard would make float16 of bfloat16
         if self.history.keys() <= {trainer.global_step}:  # nothing recorded yet, or this step only
             self.first_values[f"{what}/{name}"] = values
         self._write(trainer, mean_and_std(what, name, values))

@@ -172,10 +172,12 @@ class GradientHistogramCallback(pl.Callback):
         for name, parameter in pl_module.named_parameters():
             if parameter.grad is None:
                 continue
-            norm = parameter.grad.norm()
+            # TensorBoard would make float16 of bfloat16, and of a small gradient 0.
+            gradient = parameter.grad.float()
+            norm = gradient.norm()
             if norm.isfinite():  # a histogram of anything else raises
-                self.writer.add_histogram(f"gradient/{name}", parameter.grad, trainer.global_step, bins=64)
-                scalars = {f"gradient_norm/{name}": norm} | mean_and_std("gradient", name, parameter.grad)
+                self.writer.add_histogram(f"gradient/{name}", gradient, trainer.global_step, bins=64)
+                scalars = {f"gradient_norm/{name}": norm} | mean_and_std("gradient", name, gradient)
                 trainer.logger.log_metrics(scalars, step=trainer.global_step)
 
 

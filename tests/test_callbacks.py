@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from pytorch_lightning.callbacks import EarlyStopping
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.plugins.precision import MixedPrecision
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torchmetrics.functional.classification import (
@@ -108,9 +109,9 @@ def test_sanity_check_leaves_nothing_in_the_metrics(data: MNISTDataModule):
 
 @pytest.fixture
 def fit(data: MNISTDataModule):
-    def fit(logger, callback: pl.Callback, **options) -> pl.Trainer:
+    def fit(logger, *callbacks: pl.Callback, **options) -> pl.Trainer:
         options = QUIET | {"max_steps": 7, "limit_val_batches": 0, "enable_checkpointing": False} | options
-        trainer = pl.Trainer(**options | {"logger": logger}, callbacks=[callback])
+        trainer = pl.Trainer(**options | {"logger": logger}, callbacks=list(callbacks))
         trainer.fit(Classifier(MLP([16])), data)
         return trainer
 
@@ -149,6 +150,31 @@ def test_non_finite_gradients_do_not_break_the_histograms(fit, tmp_path: Path):
     tags = read_events(Path(trainer.logger.log_dir)).Tags()["histograms"]
     assert "gradient/model.layers.1.weight" not in tags
     assert "gradient/model.layers.4.weight" in tags
+
+
+class FillWith(pl.Callback):
+    """Makes every bias and every gradient the same number, and every weight 0."""
+
+    def __init__(self, size: float) -> None:
+        self.size = size
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        for parameter in pl_module.parameters():
+            nn.init.constant_(parameter, self.size if parameter.ndim == 1 else 0)
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+        for parameter in pl_module.parameters():
+            parameter.grad.fill_(self.size)
+
+
+@pytest.mark.parametrize("size", [1e-10, 1e10])  # float16 ends at 6e-8 and at 65,504
+def test_histograms_with_bfloat16_have_its_range(fit, tmp_path: Path, size: float):
+    measuring = [GradientHistogramCallback(every_n_steps=1), ActivationHistogramCallback(every_n_steps=1)]
+    trainer = fit(TensorBoardLogger(tmp_path), FillWith(size), *measuring, max_steps=1, precision="bf16-true")
+    events = read_events(Path(trainer.logger.log_dir))
+    for tag in ("gradient/model.layers.1.weight", "preactivation/model.layers.1"):
+        histogram = events.Histograms(tag)[0].histogram_value
+        assert [histogram.min, histogram.max] == pytest.approx([size, size], rel=0.01)
 
 
 class WatchOps(TorchDispatchMode):
