@@ -1,5 +1,6 @@
 """The callbacks under a real Trainer, on one process and on several."""
 
+import logging
 import warnings
 from pathlib import Path
 
@@ -33,6 +34,13 @@ from common.model import MLP
 from common.runs import ResumeCheckpoint
 from tests.conftest import DATA, read_events
 from tests.test_classifier import QUIET
+
+
+def test_advertisements_are_silent_and_messages_that_are_no_strings_are_not(caplog: pytest.LogCaptureFixture):
+    logger = logging.getLogger("pytorch_lightning.utilities.rank_zero")
+    logger.error("Tip: buy something")
+    logger.error(ValueError("an error as it is"))
+    assert caplog.messages == ["an error as it is"]
 
 
 class RecordShards(pl.Callback):
