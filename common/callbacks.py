@@ -99,7 +99,9 @@ class TestPicturesCallback(pl.Callback):
     ) -> None:
         y_pred, y = outputs["y_pred"], outputs["y"]
         self.confusion.update(y_pred, y)
-        losses, worst = F.cross_entropy(y_pred, y, reduction="none").topk(min(self.num_mistakes, len(y)))
+        # Right predictions get a loss of 0 and come last. To drop them by a mask would wait for the device.
+        losses = F.cross_entropy(y_pred, y, reduction="none") * (y_pred.argmax(dim=1) != y)
+        losses, worst = losses.topk(min(self.num_mistakes, len(y)))
         rows = {"images": batch[0][worst], "y": y[worst], "y_pred": y_pred[worst].argmax(dim=1), "losses": losses}
         for name, metric in self.mistakes.items():
             metric.update(rows[name])
@@ -111,21 +113,21 @@ class TestPicturesCallback(pl.Callback):
         if trainer.is_global_zero and hasattr(getattr(trainer.logger, "experiment", None), "add_figure"):
             for name, figure in {
                 "confusion/test": self.confusion.plot(confusion.cpu())[0],
-                "mistakes/test": self._draw_mistakes(**mistakes),
+                "mistakes/test": self.draw_mistakes(**mistakes),
             }.items():
                 figure.set_layout_engine("constrained")
                 figure.set_size_inches(7, 7)
                 trainer.logger.experiment.add_figure(name, figure, trainer.global_step)
 
-    def _draw_mistakes(self, images: Tensor, y: Tensor, y_pred: Tensor, losses: Tensor) -> Figure:
+    def draw_mistakes(self, images: Tensor, y: Tensor, y_pred: Tensor, losses: Tensor) -> Figure:
         wrong = [i for i in losses.argsort(descending=True).tolist() if y[i] != y_pred[i]]
         columns = 5
         figure, axes = plt.subplots(-(-self.num_mistakes // columns), columns, squeeze=False)
         for axis in axes.flat:
             axis.axis("off")
         for axis, i in zip(axes.flat, wrong[: self.num_mistakes], strict=False):
-            axis.imshow(images[i].squeeze(), cmap="gray_r")
-            axis.set_title(f"{y[i]:.0f} taken for {y_pred[i]:.0f}", fontsize=9)  # CatMetric makes floats of them
+            axis.imshow(images[i].squeeze().numpy(), cmap="gray_r")
+            axis.set_title(f"true {y[i]:.0f}, predicted {y_pred[i]:.0f}", fontsize=9)  # CatMetric makes floats of them
         return figure
 
 

@@ -14,6 +14,7 @@ from pytorch_lightning.plugins.precision import MixedPrecision
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.functional.classification import (
     multiclass_accuracy,
     multiclass_confusion_matrix,
@@ -96,6 +97,34 @@ def test_metrics_are_those_of_all_test_images_at_once(data: MNISTDataModule, tmp
         )
         assert torch.equal(shard["confusion"], multiclass_confusion_matrix(y_pred, y, 10))
         assert shard["mistakes"].max() == pytest.approx(F.cross_entropy(y_pred, y, reduction="none").max())
+
+
+class GivenLogits(pl.LightningModule):
+    """Takes each image for its logits."""
+
+    def test_step(self, batch, batch_idx):
+        images, y = batch
+        return {"y": y, "y_pred": images.flatten(1)}
+
+
+class KeepTitles(TestPicturesCallback):
+    def draw_mistakes(self, images, y, y_pred, losses):
+        figure = super().draw_mistakes(images, y, y_pred, losses)
+        self.titles = [axis.get_title() for axis in figure.axes]
+        return figure
+
+
+def test_right_predictions_of_high_loss_displace_no_mistakes(tmp_path: Path):
+    y = torch.arange(20) % 10
+    images = 0.01 * F.one_hot(y, 10).float()  # right, with a loss of nearly ln 10
+    for row, predicted, margin in [(5, 6, 0.5), (17, 2, 1.0), (18, 3, 1.5)]:
+        images[row, y[row]], images[row, predicted] = 10, 10 + margin  # wrong, with a loss of ln(1 + e^margin) < 2
+    loader = DataLoader(TensorDataset(images.view(20, 1, 2, 5), y), batch_size=10)
+    pictures = KeepTitles(num_mistakes=4)
+    trainer = pl.Trainer(callbacks=[pictures], **QUIET | {"logger": TensorBoardLogger(tmp_path)})
+    trainer.test(GivenLogits(), loader, verbose=False)
+    worst_first = ["true 8, predicted 3", "true 7, predicted 2", "true 5, predicted 6"]
+    assert [title for title in pictures.titles if title] == worst_first
 
 
 def test_sanity_check_leaves_nothing_in_the_metrics(data: MNISTDataModule):
