@@ -190,15 +190,14 @@ class FiniteLossCallback(pl.Callback):
     and all processes stop together, before the spoilt weights are saved.
 
     Raises:
-        FloatingPointError: naming the step and the last checkpoint, whose weights are from before.
+        FloatingPointError: naming the step and the best checkpoint, whose weights are from before.
     """
 
     def on_train_epoch_end(self, trainer, pl_module) -> None:
         for name, loss in sorted(trainer.callback_metrics.items()):
             if name.startswith("loss/") and not loss.isfinite():
-                # In `main.py`, ResumeCheckpoint comes last and knows its last model.
-                saved = [each.last_model_path or each.best_model_path for each in trainer.checkpoint_callbacks[::-1]]
+                best = getattr(trainer.checkpoint_callback, "best_model_path", "") or "none yet"
                 raise FloatingPointError(
-                    f"{name} is {loss.item()} after step {trainer.global_step}; last good checkpoint:"
-                    f" {next(filter(None, saved), 'none yet')}. A lower learning_rate may help."
+                    f"{name} is {loss.item()} after step {trainer.global_step}; best checkpoint so far: {best}."
+                    " A lower learning_rate may help."
                 )
