@@ -19,60 +19,44 @@ class MetricsCallback(pl.Callback):
 
     Torchmetrics gathers them from the `outputs` of each step and adds up over all processes. As attributes of the
     Lightning module they would take less code; as a callback they serve every module that returns `y` and `y_pred`.
-    Training accuracy is that of changing weights on changed images, so it lies below validation accuracy.
+    Training accuracy is the mean of an epoch in which the weights change, on augmented images. It starts below
+    validation accuracy, and it may end above.
     """
 
     def __init__(self, num_classes: int = 10) -> None:
         # Checking the arguments of each update would cost as much as the update.
         accuracy = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
         f1 = MulticlassF1Score(num_classes, average="macro", validate_args=False)
-        self.scores = {
-            "train": MetricCollection({"accuracy/train": accuracy.clone()}),
-            "val": MetricCollection({"accuracy/val": accuracy.clone(), "f1/val": f1.clone()}),
-            "test": MetricCollection({"accuracy/test": accuracy.clone(), "f1/test": f1.clone()}),
-        }
+        both = MetricCollection({"accuracy": accuracy, "f1": f1})
+        # Training has no F1: it counts by torch.bincount, for which each step would wait for the GPU.
+        train = MetricCollection({"accuracy": accuracy}, postfix="/train")
+        self.scores = {"train": train, "val": both.clone(postfix="/val"), "test": both.clone(postfix="/test")}
 
     def setup(self, trainer, pl_module, stage: str) -> None:
         # Lightning moves the metrics of the Lightning module to its device, and not those of a callback.
-        for metrics in self.scores.values():
-            metrics.to(trainer.strategy.root_device)
+        for scores in self.scores.values():
+            scores.to(trainer.strategy.root_device)
 
     def on_train_epoch_start(self, trainer, pl_module) -> None:
-        self.scores["train"].reset()
+        # Here and not at the epoch's end, which drops what the sanity check left behind.
+        self._scores(trainer).reset()
 
-    def on_train_batch_end(self, trainer, pl_module, outputs: dict[str, Tensor], batch: Any, batch_idx: int) -> None:
-        self.scores["train"].update(outputs["y_pred"], outputs["y"])
+    def on_train_batch_end(
+        self, trainer, pl_module, outputs: dict[str, Tensor], batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._scores(trainer).update(outputs["y_pred"], outputs["y"])
 
     def on_train_epoch_end(self, trainer, pl_module) -> None:
-        self._log_scores(pl_module, "train")
-
-    # Resetting where an epoch starts, not where it ends, drops what the sanity check left behind.
-    def on_validation_epoch_start(self, trainer, pl_module) -> None:
-        self.scores["val"].reset()
-
-    def on_validation_batch_end(
-        self, trainer, pl_module, outputs: dict[str, Tensor], batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        self.scores["val"].update(outputs["y_pred"], outputs["y"])
-
-    def on_validation_epoch_end(self, trainer, pl_module) -> None:
-        self._log_scores(pl_module, "val")
-
-    def on_test_epoch_start(self, trainer, pl_module) -> None:
-        self.scores["test"].reset()
-
-    def on_test_batch_end(
-        self, trainer, pl_module, outputs: dict[str, Tensor], batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        self.scores["test"].update(outputs["y_pred"], outputs["y"])
-
-    def on_test_epoch_end(self, trainer, pl_module) -> None:
-        self._log_scores(pl_module, "test")
-
-    def _log_scores(self, pl_module: pl.LightningModule, stage: str) -> None:
-        for name, value in self.scores[stage].compute().items():
+        for name, value in self._scores(trainer).compute().items():
             # Already the same on all processes, but without sync_dist Lightning would warn that it may not be.
             pl_module.log(name, value, prog_bar=name.startswith("accuracy"), sync_dist=True)
+
+    on_validation_epoch_start = on_test_epoch_start = on_train_epoch_start
+    on_validation_batch_end = on_test_batch_end = on_train_batch_end
+    on_validation_epoch_end = on_test_epoch_end = on_train_epoch_end
+
+    def _scores(self, trainer: pl.Trainer) -> MetricCollection:
+        return self.scores[trainer.state.stage.dataloader_prefix]  # "val" for the sanity check too
 
 
 class TestPicturesCallback(pl.Callback):
