@@ -20,7 +20,7 @@ from common.classifier import SGDClassifier
 from common.data import MNISTDataModule
 from common.initializers import INITIALIZATIONS, initialize
 from common.model import MLP
-from common.plots import COLORS
+from common.plots import COLORS, draw_depth, draw_histograms
 from common.theory import backward_moments, forward_moments
 from tests.conftest import DATA, ROOT, assert_one_line_error, read_events
 
@@ -372,7 +372,7 @@ def test_script_prints_a_table_and_writes_pictures_and_histograms(tmp_path):
     assert "4/4" in finished.stderr  # the progress bar
 
     folder = tmp_path / "initialization/version_1"
-    names = {"depth", "curves", "activations_tanh", "activations_relu", "gradients_tanh", "gradients_relu"}
+    names = {"depth", "activations_tanh", "activations_relu", "gradients_tanh", "gradients_relu"}
     assert {path.stem for path in folder.glob("*.png")} == names
     for path in folder.glob("*.png"):
         picture = Image.open(path).convert("L")
@@ -394,6 +394,17 @@ def test_script_prints_a_table_and_writes_pictures_and_histograms(tmp_path):
         } <= set(tags["scalars"])
         assert [event.step for event in events.Scalars("loss/step")] == [0, 1, 2, 3]
         assert events.Scalars("preactivation_std/model.layers.4")[0].value == pytest.approx(1, abs=1e-3)
+
+
+def test_pictures_say_where_numbers_overflow_and_where_all_are_0(tmp_path):
+    options = {"depth": 60, "steps": 1, "data_dir": DATA, "log_dir": str(tmp_path)}  # std grows by 7 in each layer
+    results = initialization.main(activations=["relu"], schemes=["normal_large", "zeros"], **options)
+    large, zeros = draw_histograms(results, "gradients").axes
+    assert [text.get_text() for text in large.texts] == ["all are 0 or not finite"]
+    assert [text.get_text() for text in zeros.texts] == ["all are 0"]
+    signals, gradients = draw_depth({"relu": results}).axes
+    for axis in (signals, gradients):
+        assert axis.get_xlabel() == "layer\n0 in all hidden layers: zeros\noverflow: normal_large"
 
 
 def test_every_scheme_gets_the_same_batches(tmp_path):
