@@ -61,6 +61,7 @@ def run_scheme(
         # The first two are for the accuracy and for TensorBoard. `recorder` keeps what each layer puts out and the
         # gradient that comes back to it, `curve` keeps the losses.
         callbacks=[MetricsCallback(), GradientHistogramCallback(every_n_steps=100), recorder, curve],
+        log_every_n_steps=1,  # each loss
         num_sanity_val_steps=0,
         enable_checkpointing=False,
         enable_model_summary=False,
@@ -77,7 +78,7 @@ def run_scheme(
     return Result(
         activation=activation,
         scheme=scheme,
-        losses=curve.losses,
+        losses=torch.stack(curve.losses).tolist(),
         accuracy=validation["accuracy/val"],
         activation_stds=recorder.at_start("activation_std"),
         defects=recorder.at_start(f"activation_{DEFECTS[activation]}"),  # dead units, or saturated outputs

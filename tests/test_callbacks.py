@@ -369,7 +369,7 @@ def gradients_of_first_step(
     trainer.fit(Classifier(model), data)
     events = read_events(Path(trainer.logger.log_dir))
     norms = {tag: events.Scalars(tag)[0].value for tag in events.Tags()["scalars"] if "gradient_norm" in tag}
-    return trainer, norms | {tag: std for tag, std in activations.history[0].items() if "backpropagated_std" in tag}
+    return trainer, norms | {tag: std for tag, std in activations.first.items() if "backpropagated_std" in tag}
 
 
 def mixed_precision() -> MixedPrecision:
