@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from common.activations import DEFECTS, ActivationHistogramCallback, LossCurveCallback, Result
 from common.callbacks import GradientHistogramCallback, MetricsCallback
-from common.classifier import SGDClassifier
+from common.classifier import Classifier
 from common.cli import Seed, run_from_command_line
 from common.data import DATA_DIR, MNISTDataModule
 from common.initializers import INITIALIZATIONS, initialize
@@ -40,6 +40,16 @@ from common.runs import make_version
 from common.theory import predict_stds
 
 Scheme = Literal[tuple(INITIALIZATIONS)]
+
+
+class SGDClassifier(Classifier):
+    """`Classifier` with another optimizer, stochastic gradient descent with momentum, at a constant learning rate.
+
+    AdamW divides each weight's gradient by its usual size, and so hides how small or how large the gradients are.
+    """
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=self.hparams.learning_rate, momentum=0.9)
 
 
 def run_scheme(
@@ -67,7 +77,6 @@ def run_scheme(
         enable_model_summary=False,
         enable_progress_bar=False,
     )
-    # SGD with momentum: AdamW divides each gradient by its usual size and would hide how small or large it is.
     classifier = SGDClassifier(model, learning_rate, label_smoothing=0.0)
     trainer.fit(classifier, data)
     # By hand, as fit validates at the end of an epoch and steps may be fewer.

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 import initialization
 from common.activations import ActivationHistogramCallback
-from common.classifier import SGDClassifier
 from common.data import MNISTDataModule
 from common.initializers import INITIALIZATIONS, initialize
 from common.model import MLP
@@ -82,7 +81,7 @@ def fit(model: MLP, data: MNISTDataModule, folder: Path, steps: int, *callbacks:
         enable_model_summary=False,
         enable_progress_bar=False,
     )
-    trainer.fit(SGDClassifier(model, 0.01, label_smoothing=0.0), data)
+    trainer.fit(initialization.SGDClassifier(model, 0.01, label_smoothing=0.0), data)
 
 
 # The schemes
