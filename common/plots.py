@@ -11,22 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from common.activations import Result
-
-# The color of each scheme in every picture.
-COLORS = {
-    "zeros": "dimgray",
-    "constant": "darkgray",
-    "normal_small": "darkturquoise",
-    "normal_large": "red",
-    "classic_uniform": "darkorange",
-    "pytorch_default": "#d4b000",
-    "xavier_uniform": "limegreen",
-    "xavier_normal": "green",
-    "kaiming_uniform": "deepskyblue",
-    "kaiming_normal": "blue",
-    "orthogonal": "darkviolet",
-    "lsuv": "hotpink",
-}
+from common.initializers import INITIALIZATIONS
 
 
 def save_pictures(results: list[Result], folder: Path) -> list[Path]:
@@ -49,14 +34,16 @@ def draw_depth(groups: dict[str, list[Result]]) -> Figure:
     labels = {"preactivations": "std of the pre-activations", "gradients": "std of the back-propagated gradients"}
     # What explodes or vanishes leaves the picture, so that the rest can be told apart.
     limits = {"preactivations": (1e-6, 1e4), "gradients": (1e-9, 1e1)}
+    # In pairs, as the list of schemes has related ones side by side.
+    colors = dict(zip(INITIALIZATIONS, plt.colormaps["tab20"].colors, strict=False))
     figure, axes = plt.subplots(2, len(groups), figsize=(9, 8), squeeze=False, layout="constrained")
     for row, what in zip(axes, labels, strict=True):
         for axis, (activation, results) in zip(row, groups.items(), strict=True):
             notes = {"0 in all hidden layers": [], "overflow": []}
             for result in results:
-                stds, color = result.measured_stds[what], COLORS[result.scheme]
+                stds = result.measured_stds[what]
                 layers = range(1, len(stds) + 1)
-                axis.plot(layers, stds, color=color, linewidth=4, alpha=0.7, label=result.scheme)
+                axis.plot(layers, stds, color=colors[result.scheme], linewidth=4, alpha=0.7, label=result.scheme)
                 axis.plot(layers, result.predicted_stds[what], "k--", linewidth=0.8)
                 if not any(stds[:-1]):
                     notes["0 in all hidden layers"].append(result.scheme)
@@ -110,7 +97,7 @@ def draw_histograms(results: list[Result], what: Literal["activations", "gradien
             axis.set_xlim(min(low, (low + high) / 2 - 1), max(high, (low + high) / 2 + 1))
             axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
             axis.xaxis.set_major_formatter(lambda exponent, position: f"$10^{{{exponent:.0f}}}$")
-        axis.set_title(result.scheme, fontsize=10, color=COLORS[result.scheme], fontweight="bold")
+        axis.set_title(result.scheme, fontsize=10)
         axis.set_yticks([])
     for axis in axes.flat[len(results) :]:
         axis.axis("off")

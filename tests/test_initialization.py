@@ -19,7 +19,7 @@ from common.activations import ActivationHistogramCallback
 from common.data import MNISTDataModule
 from common.initializers import INITIALIZATIONS, initialize
 from common.model import MLP
-from common.plots import COLORS, draw_depth, draw_histograms
+from common.plots import draw_depth, draw_histograms
 from common.theory import backward_moments, forward_moments
 from tests.conftest import DATA, ROOT, assert_one_line_error, read_events
 
@@ -85,10 +85,6 @@ def fit(model: MLP, data: MNISTDataModule, folder: Path, steps: int, *callbacks:
 
 
 # The schemes
-
-
-def test_there_is_a_color_for_each_scheme_and_no_other():
-    assert list(COLORS) == list(INITIALIZATIONS)
 
 
 @pytest.mark.parametrize(
