@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from common.activations import DEFECTS, ActivationHistogramCallback, LossCurveCallback, Result
 from common.callbacks import GradientHistogramCallback, MetricsCallback
-from common.classifier import SGDClassifier
+from common.classifier import Classifier
 from common.cli import Seed, run_from_command_line
 from common.data import DATA_DIR, MNISTDataModule
 from common.initializers import INITIALIZATIONS, initialize
@@ -40,6 +40,16 @@ from common.runs import make_version
 from common.theory import predict_stds
 
 Scheme = Literal[tuple(INITIALIZATIONS)]
+
+
+class SGDClassifier(Classifier):
+    """`Classifier` with another optimizer, stochastic gradient descent with momentum, at a constant learning rate.
+
+    AdamW divides each weight's gradient by its usual size, and so hides how small or how large the gradients are.
+    """
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=self.hparams.learning_rate, momentum=0.9)
 
 
 def run_scheme(
@@ -61,12 +71,12 @@ def run_scheme(
         # The first two are for the accuracy and for TensorBoard. `recorder` keeps what each layer puts out and the
         # gradient that comes back to it, `curve` keeps the losses.
         callbacks=[MetricsCallback(), GradientHistogramCallback(every_n_steps=100), recorder, curve],
+        log_every_n_steps=1,  # each loss
         num_sanity_val_steps=0,
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=False,
     )
-    # SGD with momentum: AdamW divides each gradient by its usual size and would hide how small or large it is.
     classifier = SGDClassifier(model, learning_rate, label_smoothing=0.0)
     trainer.fit(classifier, data)
     # By hand, as fit validates at the end of an epoch and steps may be fewer.
@@ -77,7 +87,7 @@ def run_scheme(
     return Result(
         activation=activation,
         scheme=scheme,
-        losses=curve.losses,
+        losses=torch.stack(curve.losses).tolist(),
         accuracy=validation["accuracy/val"],
         activation_stds=recorder.at_start("activation_std"),
         defects=recorder.at_start(f"activation_{DEFECTS[activation]}"),  # dead units, or saturated outputs

@@ -19,4 +19,4 @@ warnings.filterwarnings("ignore", ".* is (an )?experimental")
 warnings.filterwarnings("ignore", "Attempting to set identical low and high .*lims")
 warnings.filterwarnings("ignore", "The number of trials is too small|Some regimes for parameter")
 # Advertisements for other packages.
-logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.msg)
+logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(lambda record: "Tip:" not in str(record.msg))

@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import numpy as np
 import pytorch_lightning as pl
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from torch.utils.tensorboard import SummaryWriter
@@ -31,16 +30,15 @@ class ActivationHistogramCallback(pl.Callback):
         every_n_steps: it records at the steps 0, n, 2n and so on, because it costs more than the training.
 
     Attributes:
-        history: the same scalars, as `history[step]["activation_std/{name}"]`.
-        first_values: the tensors (batch, units) of the first recorded step, as `first_values["activation/{name}"]`.
+        first: all that was recorded first, tensors (batch, units) as `first["activation/{name}"]` and scalars as
+            `first["activation_std/{name}"]`.
     """
 
     def __init__(self, every_n_steps: int = 50) -> None:
         self.every_n_steps = every_n_steps
         self.writer: SummaryWriter | None = None
         self.recording = False
-        self.history: dict[int, dict[str, float]] = {}
-        self.first_values: dict[str, Tensor] = {}
+        self.first: dict[str, Any] = {}
         self.handles: list[RemovableHandle] = []
 
     def on_fit_start(self, trainer, pl_module) -> None:
@@ -67,82 +65,66 @@ class ActivationHistogramCallback(pl.Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs: dict[str, Tensor], batch: Any, batch_idx: int) -> None:
         self.recording = False
 
-    def at_start(self, tag: str) -> list[float]:
-        """Returns the scalars `{tag}/{layer}` of the first recorded step, from the first layer to the last."""
-        return self._in_order(self.history[min(self.history)], tag)
+    def at_start(self, tag: str) -> list[Any]:
+        """Returns what was recorded first as `{tag}/{name}`, from the first layer to the last."""
+        values = [value for name, value in self.first.items() if name.startswith(f"{tag}/")]
+        # A dict keeps the order of recording, and on the way back the last layer comes first.
+        return values[::-1] if tag.startswith("backpropagated") else values
 
     def samples(self) -> dict[str, dict[int, np.ndarray]]:
-        """Returns activations and gradients of about five hidden layers at the first recorded step."""
-        values = {"activations": "activation", "gradients": "backpropagated"}
-        layers = {what: self._in_order(self.first_values, tag) for what, tag in values.items()}
-        depth = len(layers["activations"])
-        shown = sorted({round(layer) for layer in np.linspace(1, depth, 5)})
-        return {what: {i: tensors[i - 1].cpu().numpy() for i in shown} for what, tensors in layers.items()}
-
-    def _in_order(self, recorded: dict[str, Any], tag: str) -> list[Any]:
-        found = [value for name, value in recorded.items() if name.startswith(f"{tag}/")]
-        # A dict keeps the order of recording, and on the way back the last layer comes first.
-        return found[::-1] if tag.startswith("backpropagated") else found
+        """Returns activations and gradients of about five hidden layers, counted from 1."""
+        tensors = {"activations": self.at_start("activation"), "gradients": self.at_start("backpropagated")}
+        layers = sorted({round(layer) for layer in np.linspace(1, len(tensors["activations"]), 5)})
+        return {what: {i: values[i - 1].cpu().numpy() for i in layers} for what, values in tensors.items()}
 
     def _record_linear(
         self, trainer: pl.Trainer, name: str, module: nn.Module, inputs: tuple[Tensor], output: Tensor
     ) -> None:
         if self.recording:
-            self._record(trainer, "preactivation", name, output.detach())
+            self._record(trainer, "preactivation", name, output, {})
             # With precision 16-mixed gradients are those of the loss times a scale; without it many are too small for
             # 16 bits.
             scaler = getattr(trainer.precision_plugin, "scaler", None)
             scale = scaler.get_scale() if scaler else 1.0
             output.register_hook(
-                lambda gradient: self._record(trainer, "backpropagated", name, gradient.float() / scale)
+                lambda gradient: self._record(trainer, "backpropagated", name, gradient.float() / scale, {})
             )
 
     def _record_activation(
         self, trainer: pl.Trainer, name: str, module: nn.Module, inputs: tuple[Tensor], output: Tensor
     ) -> None:
         if self.recording:
-            self._record(trainer, "activation", name, output.detach())
-            scalars = {}
+            shares = {}
             if isinstance(module, nn.ReLU):
-                scalars[f"activation_dead/{name}"] = (output == 0).all(dim=0).float().mean().item()
+                shares[f"activation_dead/{name}"] = (output == 0).all(dim=0).float().mean().item()
             elif isinstance(module, nn.Tanh):
-                scalars[f"activation_saturated/{name}"] = (output.abs() > 0.99).float().mean().item()
-            self._write(trainer, scalars)
+                shares[f"activation_saturated/{name}"] = (output.abs() > 0.99).float().mean().item()
+            self._record(trainer, "activation", name, output, shares)
 
-    def _record(self, trainer: pl.Trainer, what: str, name: str, values: Tensor) -> None:
-        if self.history.keys() <= {trainer.global_step}:  # nothing recorded yet, or this step only
-            self.first_values[f"{what}/{name}"] = values
-        self._write(trainer, mean_and_std(what, name, values))
-        if self.writer and values.isfinite().all():
-            self.writer.add_histogram(f"{what}/{name}", values, trainer.global_step, bins=64)
-
-    def _write(self, trainer: pl.Trainer, scalars: dict[str, float]) -> None:
-        self.history.setdefault(trainer.global_step, {}).update(scalars)
+    def _record(self, trainer: pl.Trainer, what: str, name: str, values: Tensor, shares: dict[str, float]) -> None:
+        values = values.detach().float()  # TensorBoard would make float16 of bfloat16
+        scalars = mean_and_std(what, name, values) | shares
+        for tag, value in {f"{what}/{name}": values, **scalars}.items():
+            self.first.setdefault(tag, value)
         if self.writer:
             trainer.logger.log_metrics(scalars, step=trainer.global_step)
+            if values.isfinite().all():  # a histogram of anything else raises
+                self.writer.add_histogram(f"{what}/{name}", values, trainer.global_step, bins=64)
 
 
 class LossCurveCallback(pl.Callback):
     """Logs the training loss of each step as `loss/step` and keeps them all in `losses`; `losses[0]` is that at step 0.
 
-    `self.log(..., on_step=True)` would log them too, but keep only the last one. They are read at the end of an epoch,
-    even of one that max_steps cuts short, because reading a loss waits for the device.
+    They stay tensors, because reading a loss waits for the device. The logger reads one every `log_every_n_steps`, an
+    argument of the Trainer.
     """
 
     def __init__(self) -> None:
-        self.losses: list[float] = []
-        self.unread: list[Tensor] = []
+        self.losses: list[Tensor] = []
 
     def on_train_batch_end(self, trainer, pl_module, outputs: dict[str, Tensor], batch: Any, batch_idx: int) -> None:
-        self.unread.append(outputs["loss"].detach())
-
-    def on_train_epoch_end(self, trainer, pl_module) -> None:
-        losses = torch.stack(self.unread).tolist()
-        self.unread.clear()
-        for step, loss in enumerate(losses, start=len(self.losses)):
-            if trainer.logger:
-                trainer.logger.log_metrics({"loss/step": loss}, step=step)
-        self.losses += losses
+        pl_module.log("loss/step", outputs["loss"], on_step=True)
+        self.losses.append(outputs["loss"])
 
 
 # What can go wrong with an activation, as ActivationHistogramCallback names it.

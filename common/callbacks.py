@@ -19,60 +19,44 @@ class MetricsCallback(pl.Callback):
 
     Torchmetrics gathers them from the `outputs` of each step and adds up over all processes. As attributes of the
     Lightning module they would take less code; as a callback they serve every module that returns `y` and `y_pred`.
-    Training accuracy is that of changing weights on changed images, so it lies below validation accuracy.
+    Training accuracy is the mean of an epoch in which the weights change, on augmented images. It starts below
+    validation accuracy, and it may end above.
     """
 
     def __init__(self, num_classes: int = 10) -> None:
         # Checking the arguments of each update would cost as much as the update.
         accuracy = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
         f1 = MulticlassF1Score(num_classes, average="macro", validate_args=False)
-        self.scores = {
-            "train": MetricCollection({"accuracy/train": accuracy.clone()}),
-            "val": MetricCollection({"accuracy/val": accuracy.clone(), "f1/val": f1.clone()}),
-            "test": MetricCollection({"accuracy/test": accuracy.clone(), "f1/test": f1.clone()}),
-        }
+        both = MetricCollection({"accuracy": accuracy, "f1": f1})
+        # Training has no F1: it counts by torch.bincount, for which each step would wait for the GPU.
+        train = MetricCollection({"accuracy": accuracy}, postfix="/train")
+        self.scores = {"train": train, "val": both.clone(postfix="/val"), "test": both.clone(postfix="/test")}
 
     def setup(self, trainer, pl_module, stage: str) -> None:
         # Lightning moves the metrics of the Lightning module to its device, and not those of a callback.
-        for metrics in self.scores.values():
-            metrics.to(trainer.strategy.root_device)
+        for scores in self.scores.values():
+            scores.to(trainer.strategy.root_device)
 
     def on_train_epoch_start(self, trainer, pl_module) -> None:
-        self.scores["train"].reset()
+        # Here and not at the epoch's end, which drops what the sanity check left behind.
+        self._scores(trainer).reset()
 
-    def on_train_batch_end(self, trainer, pl_module, outputs: dict[str, Tensor], batch: Any, batch_idx: int) -> None:
-        self.scores["train"].update(outputs["y_pred"], outputs["y"])
+    def on_train_batch_end(
+        self, trainer, pl_module, outputs: dict[str, Tensor], batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._scores(trainer).update(outputs["y_pred"], outputs["y"])
 
     def on_train_epoch_end(self, trainer, pl_module) -> None:
-        self._log_scores(pl_module, "train")
-
-    # Resetting where an epoch starts, not where it ends, drops what the sanity check left behind.
-    def on_validation_epoch_start(self, trainer, pl_module) -> None:
-        self.scores["val"].reset()
-
-    def on_validation_batch_end(
-        self, trainer, pl_module, outputs: dict[str, Tensor], batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        self.scores["val"].update(outputs["y_pred"], outputs["y"])
-
-    def on_validation_epoch_end(self, trainer, pl_module) -> None:
-        self._log_scores(pl_module, "val")
-
-    def on_test_epoch_start(self, trainer, pl_module) -> None:
-        self.scores["test"].reset()
-
-    def on_test_batch_end(
-        self, trainer, pl_module, outputs: dict[str, Tensor], batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        self.scores["test"].update(outputs["y_pred"], outputs["y"])
-
-    def on_test_epoch_end(self, trainer, pl_module) -> None:
-        self._log_scores(pl_module, "test")
-
-    def _log_scores(self, pl_module: pl.LightningModule, stage: str) -> None:
-        for name, value in self.scores[stage].compute().items():
+        for name, value in self._scores(trainer).compute().items():
             # Already the same on all processes, but without sync_dist Lightning would warn that it may not be.
             pl_module.log(name, value, prog_bar=name.startswith("accuracy"), sync_dist=True)
+
+    on_validation_epoch_start = on_test_epoch_start = on_train_epoch_start
+    on_validation_batch_end = on_test_batch_end = on_train_batch_end
+    on_validation_epoch_end = on_test_epoch_end = on_train_epoch_end
+
+    def _scores(self, trainer: pl.Trainer) -> MetricCollection:
+        return self.scores[trainer.state.stage.dataloader_prefix]  # "val" for the sanity check too
 
 
 class TestPicturesCallback(pl.Callback):
@@ -99,7 +83,9 @@ class TestPicturesCallback(pl.Callback):
     ) -> None:
         y_pred, y = outputs["y_pred"], outputs["y"]
         self.confusion.update(y_pred, y)
-        losses, worst = F.cross_entropy(y_pred, y, reduction="none").topk(min(self.num_mistakes, len(y)))
+        # Right predictions get a loss of 0 and come last. To drop them by a mask would wait for the device.
+        losses = F.cross_entropy(y_pred, y, reduction="none") * (y_pred.argmax(dim=1) != y)
+        losses, worst = losses.topk(min(self.num_mistakes, len(y)))
         rows = {"images": batch[0][worst], "y": y[worst], "y_pred": y_pred[worst].argmax(dim=1), "losses": losses}
         for name, metric in self.mistakes.items():
             metric.update(rows[name])
@@ -111,21 +97,21 @@ class TestPicturesCallback(pl.Callback):
         if trainer.is_global_zero and hasattr(getattr(trainer.logger, "experiment", None), "add_figure"):
             for name, figure in {
                 "confusion/test": self.confusion.plot(confusion.cpu())[0],
-                "mistakes/test": self._draw_mistakes(**mistakes),
+                "mistakes/test": self.draw_mistakes(**mistakes),
             }.items():
                 figure.set_layout_engine("constrained")
                 figure.set_size_inches(7, 7)
                 trainer.logger.experiment.add_figure(name, figure, trainer.global_step)
 
-    def _draw_mistakes(self, images: Tensor, y: Tensor, y_pred: Tensor, losses: Tensor) -> Figure:
+    def draw_mistakes(self, images: Tensor, y: Tensor, y_pred: Tensor, losses: Tensor) -> Figure:
         wrong = [i for i in losses.argsort(descending=True).tolist() if y[i] != y_pred[i]]
         columns = 5
         figure, axes = plt.subplots(-(-self.num_mistakes // columns), columns, squeeze=False)
         for axis in axes.flat:
             axis.axis("off")
         for axis, i in zip(axes.flat, wrong[: self.num_mistakes], strict=False):
-            axis.imshow(images[i].squeeze(), cmap="gray_r")
-            axis.set_title(f"{y[i]:.0f} taken for {y_pred[i]:.0f}", fontsize=9)  # CatMetric makes floats of them
+            axis.imshow(images[i].squeeze().numpy(), cmap="gray_r")
+            axis.set_title(f"true {y[i]:.0f}, predicted {y_pred[i]:.0f}", fontsize=9)  # CatMetric makes floats of them
         return figure
 
 
@@ -172,10 +158,12 @@ class GradientHistogramCallback(pl.Callback):
         for name, parameter in pl_module.named_parameters():
             if parameter.grad is None:
                 continue
-            norm = parameter.grad.norm()
+            # TensorBoard would make float16 of bfloat16, and of a small gradient 0.
+            gradient = parameter.grad.float()
+            norm = gradient.norm()
             if norm.isfinite():  # a histogram of anything else raises
-                self.writer.add_histogram(f"gradient/{name}", parameter.grad, trainer.global_step, bins=64)
-                scalars = {f"gradient_norm/{name}": norm} | mean_and_std("gradient", name, parameter.grad)
+                self.writer.add_histogram(f"gradient/{name}", gradient, trainer.global_step, bins=64)
+                scalars = {f"gradient_norm/{name}": norm} | mean_and_std("gradient", name, gradient)
                 trainer.logger.log_metrics(scalars, step=trainer.global_step)
 
 
@@ -186,15 +174,14 @@ class FiniteLossCallback(pl.Callback):
     and all processes stop together, before the spoilt weights are saved.
 
     Raises:
-        FloatingPointError: naming the step and the last checkpoint, whose weights are from before.
+        FloatingPointError: naming the step and the best checkpoint, whose weights are from before.
     """
 
     def on_train_epoch_end(self, trainer, pl_module) -> None:
         for name, loss in sorted(trainer.callback_metrics.items()):
             if name.startswith("loss/") and not loss.isfinite():
-                # In `main.py`, ResumeCheckpoint comes last and knows its last model.
-                saved = [each.last_model_path or each.best_model_path for each in trainer.checkpoint_callbacks[::-1]]
+                best = getattr(trainer.checkpoint_callback, "best_model_path", "") or "none yet"
                 raise FloatingPointError(
-                    f"{name} is {loss.item()} after step {trainer.global_step}; last good checkpoint:"
-                    f" {next(filter(None, saved), 'none yet')}. A lower learning_rate may help."
+                    f"{name} is {loss.item()} after step {trainer.global_step}; best checkpoint so far: {best}."
+                    " A lower learning_rate may help."
                 )

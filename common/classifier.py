@@ -75,14 +75,3 @@ class Classifier(pl.LightningModule):
         )
         # By default Lightning would step the schedule once an epoch.
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-
-class SGDClassifier(Classifier):
-    """The same with stochastic gradient descent and momentum 0.9 at a constant learning rate, without weight decay.
-
-    It shows what initialization does. AdamW divides each weight's gradient by its usual size and so hides how small or
-    how large the gradients are.
-    """
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=self.hparams.learning_rate, momentum=0.9)

@@ -1,6 +1,5 @@
 """The pictures of `initialization.py`, drawn from its results."""
 
-import math
 from pathlib import Path
 from textwrap import fill
 from typing import Literal
@@ -12,22 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from common.activations import Result
-
-# The color of each scheme in every picture.
-COLORS = {
-    "zeros": "dimgray",
-    "constant": "darkgray",
-    "normal_small": "darkturquoise",
-    "normal_large": "red",
-    "classic_uniform": "darkorange",
-    "pytorch_default": "#d4b000",
-    "xavier_uniform": "limegreen",
-    "xavier_normal": "green",
-    "kaiming_uniform": "deepskyblue",
-    "kaiming_normal": "blue",
-    "orthogonal": "darkviolet",
-    "lsuv": "hotpink",
-}
+from common.initializers import INITIALIZATIONS
 
 
 def save_pictures(results: list[Result], folder: Path) -> list[Path]:
@@ -35,7 +19,7 @@ def save_pictures(results: list[Result], folder: Path) -> list[Path]:
     groups = {}
     for result in results:
         groups.setdefault(result.activation, []).append(result)
-    pictures = {"depth": draw_depth(groups), "curves": draw_curves(groups)} if groups else {}
+    pictures = {"depth": draw_depth(groups)} if groups else {}
     for activation, of_activation in groups.items():
         pictures[f"activations_{activation}"] = draw_histograms(of_activation, "activations")
         pictures[f"gradients_{activation}"] = draw_histograms(of_activation, "gradients")
@@ -50,56 +34,33 @@ def draw_depth(groups: dict[str, list[Result]]) -> Figure:
     labels = {"preactivations": "std of the pre-activations", "gradients": "std of the back-propagated gradients"}
     # What explodes or vanishes leaves the picture, so that the rest can be told apart.
     limits = {"preactivations": (1e-6, 1e4), "gradients": (1e-9, 1e1)}
+    # In pairs, as the list of schemes has related ones side by side.
+    colors = dict(zip(INITIALIZATIONS, plt.colormaps["tab20"].colors, strict=False))
     figure, axes = plt.subplots(2, len(groups), figsize=(9, 8), squeeze=False, layout="constrained")
     for row, what in zip(axes, labels, strict=True):
         for axis, (activation, results) in zip(row, groups.items(), strict=True):
+            notes = {"0 in all hidden layers": [], "overflow": []}
             for result in results:
-                layers, color = range(1, len(result.measured_stds[what]) + 1), COLORS[result.scheme]
-                axis.plot(layers, result.measured_stds[what], color=color, linewidth=4, alpha=0.7)
+                stds = result.measured_stds[what]
+                layers = range(1, len(stds) + 1)
+                axis.plot(layers, stds, color=colors[result.scheme], linewidth=4, alpha=0.7, label=result.scheme)
                 axis.plot(layers, result.predicted_stds[what], "k--", linewidth=0.8)
-            all_zero = [result.scheme for result in results if not any(result.measured_stds[what][:-1])]
+                if not any(stds[:-1]):
+                    notes["0 in all hidden layers"].append(result.scheme)
+                elif not np.isfinite(stds).all():
+                    notes["overflow"].append(result.scheme)
             axis.set_yscale("log", nonpositive="mask")
             (bottom, top), (low, high) = axis.get_ylim(), limits[what]
             axis.set(ylim=(max(bottom, low), min(top, high)), title=activation)
-            axis.set_xlabel(with_notes("layer", {"0 in all hidden layers": all_zero}))
+            lines = [fill(f"{note}: {', '.join(schemes)}", 60) for note, schemes in notes.items() if schemes]
+            axis.set_xlabel("\n".join(["layer", *lines]))
             axis.xaxis.get_major_locator().set_params(integer=True)
             axis.grid(alpha=0.3)
         row[0].set_ylabel(labels[what])
-    draw_legend(figure, groups, Line2D([], [], color="black", linewidth=0.8, linestyle="--", label="theory"))
+    handles, _ = axes[0, 0].get_legend_handles_labels()  # an interrupted call lacks schemes of the last activation only
+    theory = Line2D([], [], color="black", linewidth=0.8, linestyle="--", label="theory")
+    figure.legend(handles=[*handles, theory], loc="outside lower center", ncols=5, fontsize=9)
     return figure
-
-
-def draw_curves(groups: dict[str, list[Result]]) -> Figure:
-    """Draws the training loss of each step, smoothed."""
-    figure, axes = plt.subplots(1, len(groups), figsize=(9, 5.2), squeeze=False, layout="constrained")
-    for axis, (activation, results) in zip(axes[0], groups.items(), strict=True):
-        notes = {"stay at ln 10": [], "overflow": []}
-        for result in results:
-            window = min(10, len(result.losses))
-            smooth = np.convolve(result.losses, np.full(window, 1 / window), mode="valid")
-            axis.plot(np.arange(len(smooth)) + window, smooth, color=COLORS[result.scheme])
-            if not np.isfinite(smooth).all():
-                notes["overflow"].append(result.scheme)
-            elif np.allclose(smooth, math.log(10), rtol=0.02):
-                notes["stay at ln 10"].append(result.scheme)
-        axis.axhline(math.log(10), color="black", linewidth=0.8, linestyle=":")
-        axis.set(ylim=(0, 2 * math.log(10)), title=activation)
-        axis.set_xlabel(with_notes("step", notes))
-        axis.grid(alpha=0.3)
-    axes[0, 0].set_ylabel("training loss, mean of 10 steps")
-    draw_legend(figure, groups, Line2D([], [], color="black", linewidth=0.8, linestyle=":", label="ln 10, chance"))
-    return figure
-
-
-def draw_legend(figure: Figure, groups: dict[str, list[Result]], last: Line2D) -> None:
-    schemes = dict.fromkeys(result.scheme for results in groups.values() for result in results)
-    handles = [Line2D([], [], color=COLORS[scheme], linewidth=4, label=scheme) for scheme in schemes]
-    figure.legend(handles=[*handles, last], loc="outside lower center", ncols=5, fontsize=9)
-
-
-def with_notes(label: str, notes: dict[str, list[str]]) -> str:
-    """The label, and below it a line for each note with its schemes, as in "overflow: normal_large"."""
-    return "\n".join([label, *(fill(f"{note}: {', '.join(names)}", 60) for note, names in notes.items() if names)])
 
 
 def draw_histograms(results: list[Result], what: Literal["activations", "gradients"]) -> Figure:
@@ -117,12 +78,16 @@ def draw_histograms(results: list[Result], what: Literal["activations", "gradien
     colors = dict(zip(depths, plt.colormaps["viridis"](np.linspace(0, 0.9, len(depths))), strict=True))
     for axis, result in zip(axes.flat, results, strict=False):
         for layer, values in result.samples[what].items():
-            shown = values if linear else np.log10(np.abs(values[(values != 0) & np.isfinite(values)]))
-            if shown.size:
-                counts, edges = np.histogram(shown, bins=40, range=(-1, 1) if linear else None)
+            values = values[np.isfinite(values)]
+            if not linear:
+                values = np.log10(np.abs(values[values != 0]))
+            if values.size:
+                counts, edges = np.histogram(values, bins=40, range=(-1, 1) if linear else None)
                 axis.stairs(counts / counts.max(), edges, color=colors[layer])
         if not axis.patches:  # nothing was drawn
-            axis.text(0.5, 0.5, "all are 0", transform=axis.transAxes, ha="center", color="gray")
+            finite = all(np.isfinite(values).all() for values in result.samples[what].values())
+            text = "all are 0" if finite else "all are 0 or not finite"
+            axis.text(0.5, 0.5, text, transform=axis.transAxes, ha="center", color="gray")
             axis.set_xticks([])
         elif linear:
             axis.set_xticks([-1, 0, 1])
@@ -132,7 +97,7 @@ def draw_histograms(results: list[Result], what: Literal["activations", "gradien
             axis.set_xlim(min(low, (low + high) / 2 - 1), max(high, (low + high) / 2 + 1))
             axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
             axis.xaxis.set_major_formatter(lambda exponent, position: f"$10^{{{exponent:.0f}}}$")
-        axis.set_title(result.scheme, fontsize=10, color=COLORS[result.scheme], fontweight="bold")
+        axis.set_title(result.scheme, fontsize=10)
         axis.set_yticks([])
     for axis in axes.flat[len(results) :]:
         axis.axis("off")

@@ -98,24 +98,25 @@ def save_pictures(study: optuna.Study, folder: Path) -> None:
 
 def draw_intermediate_values(study: optuna.Study) -> Figure:
     """Draws the validation accuracy of each trial after each epoch; Optuna's picture does not show how it ended."""
+    best = study.best_trial
+    complete = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
+    pruned = study.get_trials(deepcopy=False, states=[TrialState.PRUNED])
     figure, axis = plt.subplots()
-    styles = {
-        TrialState.PRUNED: {"color": "gray", "linestyle": "--", "label": "pruned"},
-        TrialState.COMPLETE: {"color": "tab:blue", "label": "complete"},
-    }
-    for trial in study.get_trials(deepcopy=False):
-        if trial.state in styles:
+
+    def draw(trials: list[FrozenTrial], label: str | None, **style: Any) -> None:
+        for trial in trials:
             epochs = [step + 1 for step in trial.intermediate_values]
-            style = styles[trial.state]
-            if trial.number == study.best_trial.number:
-                style = {"color": "tab:red", "linewidth": 3, "label": f"best, trial {trial.number}", "zorder": 3}
-            axis.plot(epochs, list(trial.intermediate_values.values()), marker=".", **style)
-    # The lines of bad trials may leave the picture, so that the good ones can be told apart.
-    axis.set_ylim(bottom=max(axis.get_ylim()[0], 0.9))
+            axis.plot(epochs, list(trial.intermediate_values.values()), marker=".", label=label, **style)
+            label = None  # once is enough for the legend
+
+    draw([trial for trial in complete if trial.number != best.number], "complete", color="tab:blue")
+    draw([best], f"best, trial {best.number}", color="tab:red", linewidth=3)
+    limits = axis.get_ylim()
+    draw(pruned, "pruned", color="gray", linestyle="--", zorder=1)
+    axis.set_ylim(limits)  # pruned trials may leave the picture, so that the complete ones can be told apart
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.yaxis.set_major_formatter(PercentFormatter(1.0))
     axis.set(xlabel="epoch", ylabel="validation accuracy")
-    handles, labels = axis.get_legend_handles_labels()
-    axis.legend(dict(zip(labels, handles, strict=True)).values(), dict.fromkeys(labels), loc="lower right")
+    axis.legend(loc="lower right")
     axis.grid(alpha=0.3)
     return figure

@@ -1,17 +1,21 @@
 """The callbacks under a real Trainer, on one process and on several."""
 
+import logging
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from pytorch_lightning.callbacks import EarlyStopping
+from pytorch_lightning.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.plugins.precision import MixedPrecision
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.functional.classification import (
     multiclass_accuracy,
     multiclass_confusion_matrix,
@@ -29,9 +33,26 @@ from common.callbacks import (
 from common.classifier import Classifier
 from common.data import MNISTDataModule
 from common.model import MLP
-from common.runs import ResumeCheckpoint
 from tests.conftest import DATA, read_events
 from tests.test_classifier import QUIET
+
+
+def test_advertisements_are_silent_and_messages_that_are_no_strings_are_not(caplog: pytest.LogCaptureFixture):
+    logger = logging.getLogger("pytorch_lightning.utilities.rank_zero")
+    logger.error("Tip: buy something")
+    logger.error(ValueError("an error as it is"))
+    assert caplog.messages == ["an error as it is"]
+
+
+class TrainOutputs(pl.Callback):
+    """Keeps the labels and logits of training."""
+
+    def __init__(self) -> None:
+        self.y, self.y_pred = [], []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        self.y.append(outputs["y"])
+        self.y_pred.append(outputs["y_pred"])
 
 
 class RecordShards(pl.Callback):
@@ -89,28 +110,85 @@ def test_metrics_are_those_of_all_test_images_at_once(data: MNISTDataModule, tmp
         assert shard["mistakes"].max() == pytest.approx(F.cross_entropy(y_pred, y, reduction="none").max())
 
 
-def test_sanity_check_leaves_nothing_in_the_metrics(data: MNISTDataModule):
-    classifier, metrics = Classifier(MLP([32])), MetricsCallback()
+class GivenLogits(pl.LightningModule):
+    """Takes each image for its logits."""
+
+    def test_step(self, batch, batch_idx):
+        images, y = batch
+        return {"y": y, "y_pred": images.flatten(1)}
+
+
+class KeepTitles(TestPicturesCallback):
+    def draw_mistakes(self, images, y, y_pred, losses):
+        figure = super().draw_mistakes(images, y, y_pred, losses)
+        self.titles = [axis.get_title() for axis in figure.axes]
+        return figure
+
+
+def test_right_predictions_of_high_loss_displace_no_mistakes(tmp_path: Path):
+    y = torch.arange(20) % 10
+    images = 0.01 * F.one_hot(y, 10).float()  # right, with a loss of nearly ln 10
+    for row, predicted, margin in [(5, 6, 0.5), (17, 2, 1.0), (18, 3, 1.5)]:
+        images[row, y[row]], images[row, predicted] = 10, 10 + margin  # wrong, with a loss of ln(1 + e^margin) < 2
+    loader = DataLoader(TensorDataset(images.view(20, 1, 2, 5), y), batch_size=10)
+    pictures = KeepTitles(num_mistakes=4)
+    trainer = pl.Trainer(callbacks=[pictures], **QUIET | {"logger": TensorBoardLogger(tmp_path)})
+    trainer.test(GivenLogits(), loader, verbose=False)
+    worst_first = ["true 8, predicted 3", "true 7, predicted 2", "true 5, predicted 6"]
+    assert [title for title in pictures.titles if title] == worst_first
+
+
+def test_metrics_of_a_fit_are_those_of_its_epoch_without_the_sanity_check(data: MNISTDataModule):
+    classifier, seen = Classifier(MLP([32])), TrainOutputs()
     trainer = pl.Trainer(
         max_epochs=1,
         limit_train_batches=5,
         limit_val_batches=2,
         num_sanity_val_steps=4,
-        callbacks=[metrics],
+        callbacks=[MetricsCallback(), seen],
         enable_checkpointing=False,
         **QUIET,
     )
     trainer.fit(classifier, data)
+    metrics = trainer.callback_metrics
+    assert metrics.keys() == {"loss/train", "loss/val", "accuracy/train", "accuracy/val", "f1/val"}
+    assert metrics["accuracy/train"] == (torch.cat(seen.y_pred).argmax(1) == torch.cat(seen.y)).float().mean()
     images, y = data.val_set.images[:1024], data.val_set.labels[:1024]
-    expected = (classifier(images).argmax(1) == y).float().mean()
-    assert trainer.callback_metrics["accuracy/val"] == expected
+    assert metrics["accuracy/val"] == (classifier(images).argmax(1) == y).float().mean()
+
+
+class SpoilSecondEpoch(pl.Callback):
+    def on_train_epoch_start(self, trainer, pl_module) -> None:
+        if trainer.current_epoch == 1:
+            next(pl_module.parameters()).data.fill_(float("nan"))
+
+
+class SaveNothing(Checkpoint):
+    """Has no best_model_path."""
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "named"),
+    [
+        (ModelCheckpoint(monitor="accuracy/val", mode="max"), r"\S+epoch=0-step=2\.ckpt\."),
+        (SaveNothing(), r"none yet\."),
+    ],
+)
+def test_loss_that_is_not_finite_ends_the_training_and_names_the_best_checkpoint(
+    data: MNISTDataModule, tmp_path: Path, checkpoint: Checkpoint, named: str
+):
+    callbacks = [MetricsCallback(), FiniteLossCallback(), SpoilSecondEpoch(), checkpoint]
+    few = {"max_epochs": 3, "limit_train_batches": 2, "limit_val_batches": 2}
+    trainer = pl.Trainer(callbacks=callbacks, default_root_dir=tmp_path, **few, **QUIET)
+    with pytest.raises(FloatingPointError, match=f"loss/train is nan after step 4; best checkpoint so far: {named}"):
+        trainer.fit(Classifier(MLP([16])), data)
 
 
 @pytest.fixture
 def fit(data: MNISTDataModule):
-    def fit(logger, callback: pl.Callback, **options) -> pl.Trainer:
+    def fit(logger, *callbacks: pl.Callback, **options) -> pl.Trainer:
         options = QUIET | {"max_steps": 7, "limit_val_batches": 0, "enable_checkpointing": False} | options
-        trainer = pl.Trainer(**options | {"logger": logger}, callbacks=[callback])
+        trainer = pl.Trainer(**options | {"logger": logger}, callbacks=list(callbacks))
         trainer.fit(Classifier(MLP([16])), data)
         return trainer
 
@@ -151,59 +229,109 @@ def test_non_finite_gradients_do_not_break_the_histograms(fit, tmp_path: Path):
     assert "gradient/model.layers.4.weight" in tags
 
 
-class WatchOps(TorchDispatchMode):
-    """Refuses numbers that a Mac's GPU has not, and within steps whatever waits for the device."""
+class FillWith(pl.Callback):
+    """Makes every bias and every gradient the same number, and every weight 0."""
 
-    WAITING = {"_local_scalar_dense", "is_nonzero", "nonzero", "_unique2", "masked_select"}
+    def __init__(self, size: float) -> None:
+        self.size = size
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        for parameter in pl_module.parameters():
+            nn.init.constant_(parameter, self.size if parameter.ndim == 1 else 0)
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+        for parameter in pl_module.parameters():
+            parameter.grad.fill_(self.size)
+
+
+@pytest.mark.parametrize("size", [1e-10, 1e10])  # float16 ends at 6e-8 and at 65,504
+def test_histograms_with_bfloat16_have_its_range(fit, tmp_path: Path, size: float):
+    measuring = [GradientHistogramCallback(every_n_steps=1), ActivationHistogramCallback(every_n_steps=1)]
+    trainer = fit(TensorBoardLogger(tmp_path), FillWith(size), *measuring, max_steps=1, precision="bf16-true")
+    events = read_events(Path(trainer.logger.log_dir))
+    for tag in ("gradient/model.layers.1.weight", "preactivation/model.layers.1"):
+        histogram = events.Histograms(tag)[0].histogram_value
+        assert [histogram.min, histogram.max] == pytest.approx([size, size], rel=0.01)
+
+
+class WatchSteps(TorchFunctionMode):
+    """Refuses numbers that a Mac's GPU has not, and within steps all calls that wait for the device."""
+
+    WAITING = {"item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__", "__contains__"}
+    WAITING |= {"nonzero", "masked_select", "unique", "equal", "allclose"}
 
     def __init__(self) -> None:
         super().__init__()
-        self.in_step, self.seen = False, 0
+        self.refused: set[str] = set()
+        self.calls = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **kwargs or {})
-        tensors = [each for each in tree_leaves(result) if isinstance(each, torch.Tensor)]
-        assert not [each for each in tensors if each.dtype == torch.float64], func
-        assert not (self.in_step and func.overloadpacket.__name__ in self.WAITING), func
-        self.seen += self.in_step
+        name = getattr(func, "__name__", "")
+        assert name not in self.refused
+        if name == "__getitem__" and self.refused:
+            assert not [index for index in tree_leaves(args[1:]) if getattr(index, "dtype", None) == torch.bool]
+        assert not [x for x in tree_leaves(result) if isinstance(x, torch.Tensor) and x.dtype == torch.float64], name
+        self.calls += bool(self.refused)
         return result
 
 
 class MarkSteps(pl.Callback):
-    def __init__(self, ops: WatchOps, in_step: bool) -> None:
-        self.ops, self.in_step = ops, in_step
+    """The last of the callbacks: a step ends after what the others do at its end."""
 
-    def mark(self, *_: object, **__: object) -> None:
-        self.ops.in_step = self.in_step
+    def __init__(self, watch: WatchSteps) -> None:
+        self.watch = watch
+
+    def on_train_batch_start(self, *_: object, **__: object) -> None:
+        self.watch.refused = WatchSteps.WAITING | {"bincount"}  # on a GPU it asks for the largest number
+
+    def on_validation_batch_start(self, *_: object, **__: object) -> None:
+        self.watch.refused = WatchSteps.WAITING  # F1 and the confusion matrix count by bincount
+
+    def on_train_batch_end(self, *_: object, **__: object) -> None:
+        self.watch.refused = set()
+
+    on_test_batch_start = on_validation_batch_start
+    on_validation_batch_end = on_test_batch_end = on_train_batch_end
 
 
-class StepStarts(MarkSteps):
-    on_train_batch_start = on_validation_batch_start = on_test_batch_start = MarkSteps.mark
-
-
-class StepEnds(MarkSteps):
-    on_train_batch_end = on_validation_batch_end = on_test_batch_end = MarkSteps.mark
-
-
-def test_no_step_waits_for_the_device_and_nothing_asks_a_mac_for_float64(data: MNISTDataModule, tmp_path: Path):
-    ops = WatchOps()
+def test_no_step_waits_for_the_device_and_nothing_asks_a_mac_for_float64(data: MNISTDataModule):
+    watch = WatchSteps()
     callbacks = [
-        StepStarts(ops, True),
         MetricsCallback(),
         TestPicturesCallback(),
         FiniteLossCallback(),
         LossCurveCallback(),
         EarlyStopping("accuracy/val", mode="max"),
-        ResumeCheckpoint(),
-        StepEnds(ops, False),
+        MarkSteps(watch),
     ]
     few = {"limit_train_batches": 3, "limit_val_batches": 2, "limit_test_batches": 2}
-    trainer = pl.Trainer(max_epochs=1, default_root_dir=tmp_path, callbacks=callbacks, **few, **QUIET)
+    trainer = pl.Trainer(max_epochs=1, callbacks=callbacks, enable_checkpointing=False, **few, **QUIET)
     classifier = Classifier(MLP([16]))
-    with ops:
+    with watch:
         trainer.fit(classifier, data)
         trainer.test(classifier, data, verbose=False)
-    assert ops.seen > 100
+    assert watch.calls > 100
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda values: values.sum().item(),
+        lambda values: values.tolist(),
+        lambda values: float(values.sum()),
+        lambda values: 1 if values.isfinite().all() else 0,
+        lambda values: values[values > 0],
+        lambda values: (values > 0).nonzero(),
+        lambda values: values.double(),
+    ],
+)
+def test_waiting_and_float64_would_be_seen(wait: Callable[[torch.Tensor], object]):
+    values = torch.ones(3)
+    watch = WatchSteps()
+    watch.refused = WatchSteps.WAITING
+    with watch, pytest.raises(AssertionError):
+        wait(values)
 
 
 class MacTensor(torch.Tensor):
@@ -214,7 +342,7 @@ class MacTensor(torch.Tensor):
         result = super().__torch_function__(func, types, args, kwargs or {})
         if func is torch.Tensor.cpu:
             return result.as_subclass(torch.Tensor)
-        if any(each.dtype == torch.float64 for each in tree_leaves(result) if isinstance(each, torch.Tensor)):
+        if any(leaf.dtype == torch.float64 for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)):
             raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64")
         return result
 
@@ -241,7 +369,7 @@ def gradients_of_first_step(
     trainer.fit(Classifier(model), data)
     events = read_events(Path(trainer.logger.log_dir))
     norms = {tag: events.Scalars(tag)[0].value for tag in events.Tags()["scalars"] if "gradient_norm" in tag}
-    return trainer, norms | {tag: std for tag, std in activations.history[0].items() if "backpropagated_std" in tag}
+    return trainer, norms | {tag: std for tag, std in activations.first.items() if "backpropagated_std" in tag}
 
 
 def mixed_precision() -> MixedPrecision:

@@ -6,6 +6,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from common.classifier import Classifier
 from common.data import MNISTDataModule
@@ -24,27 +25,28 @@ def test_losses_are_means_over_images_whatever_the_batches(data: MNISTDataModule
     assert metrics["loss/val"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_labels_are_smoothed_in_training_only(data: MNISTDataModule):
-    classifier = Classifier(MLP([16]), label_smoothing=0.5)
-    classifier.log = lambda *_, **__: None  # outside a Trainer there is nothing to log to
-    batch = next(iter(data.val_dataloader()))
-    plain = F.cross_entropy(classifier(batch[0]), batch[1])
-    assert torch.equal(classifier.validation_step(batch, 0)["loss"], plain)
-    assert torch.equal(classifier.test_step(batch, 0)["loss"], plain)
-    smoothed = F.cross_entropy(classifier(batch[0]), batch[1], label_smoothing=0.5)
-    assert torch.equal(classifier.training_step(batch, 0)["loss"], smoothed)
-    assert not torch.equal(smoothed, plain)
+class KeepOutputs(pl.Callback):
+    def __init__(self) -> None:
+        self.outputs: dict[str, dict[str, Tensor]] = {}
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
+        self.outputs[trainer.state.stage.dataloader_prefix] = outputs
+
+    on_validation_batch_end = on_test_batch_end = on_train_batch_end
 
 
-def test_steps_return_what_the_callbacks_read(data: MNISTDataModule):
-    classifier = Classifier(MLP([16]))
-    classifier.log = lambda *_, **__: None
-    batch = next(iter(data.val_dataloader()))
-    outputs = classifier.training_step(batch, 0)
-    assert outputs.keys() == {"loss", "y", "y_pred"}
-    assert outputs["y_pred"].shape == (512, 10)
-    assert outputs["loss"].requires_grad
-    assert not outputs["y_pred"].requires_grad
+def test_each_step_returns_loss_labels_and_logits_and_only_training_smooths_the_labels(data: MNISTDataModule):
+    classifier, keep = Classifier(MLP([16]), label_smoothing=0.5), KeepOutputs()
+    trainer = pl.Trainer(fast_dev_run=True, callbacks=[keep], **QUIET)
+    trainer.fit(classifier, data)
+    trainer.test(classifier, data, verbose=False)
+    for stage, label_smoothing in {"train": 0.5, "val": 0.0, "test": 0.0}.items():
+        loss, y, y_pred = (keep.outputs[stage][name] for name in ("loss", "y", "y_pred"))
+        assert keep.outputs[stage].keys() == {"loss", "y", "y_pred"}
+        assert y_pred.shape == (512, 10)
+        assert not y_pred.requires_grad  # or a callback that keeps it would keep the graph of the batch
+        assert torch.equal(loss, F.cross_entropy(y_pred, y, label_smoothing=label_smoothing))
+        assert loss != F.cross_entropy(y_pred, y, label_smoothing=0.5 - label_smoothing)
 
 
 def test_predict_gives_probabilities(data: MNISTDataModule):

@@ -20,7 +20,6 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from common.classifier import Classifier
 from common.data import MNISTDataModule, TensorBatches
-from common.report import draw_intermediate_values
 from common.study import run_worker
 from main import main
 from sweep import BASELINE, objective, suggest_hyperparameters
@@ -48,21 +47,6 @@ def test_baseline_is_a_point_of_the_search_space_whose_keys_are_options_of_main(
     chosen = suggest_hyperparameters(trial)
     assert trial.params == BASELINE
     assert chosen.keys() <= inspect.signature(main).parameters.keys()
-
-
-def test_picture_tells_pruned_trials_from_complete_ones_and_shows_the_best():
-    study = optuna.create_study(direction="maximize")
-    for number, accuracy in enumerate((0.95, 0.97, 0.93)):
-        trial = study.ask()
-        for epoch in range(3):
-            trial.report(accuracy + epoch / 100, step=epoch)
-        study.tell(trial, *([accuracy + 0.02] if number < 2 else [None, TrialState.PRUNED]))
-    [axis] = draw_intermediate_values(study).axes
-    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["complete", "best, trial 1", "pruned"]
-    assert len({(line.get_color(), line.get_linestyle()) for line in axis.get_lines()}) == 3
-    axis.figure.canvas.draw()
-    assert {label.get_text() for label in axis.get_xticklabels()} >= {"1", "2", "3"}
-    assert all(tick == int(tick) for tick in axis.get_xticks())
 
 
 def test_neighbouring_seeds_search_elsewhere(data: MNISTDataModule, tmp_path: Path):
