@@ -30,7 +30,7 @@ from common.cli import Seed, run_from_command_line, save_config
 from common.data import DATA_DIR, MNISTDataModule
 from common.model import MLP
 from common.report import report
-from common.study import open_study, run_workers, storage_url, without_secrets
+from common.study import counted_trials, open_study, run_workers, storage_url, without_secrets
 
 
 def suggest_hyperparameters(trial: optuna.Trial) -> dict[str, Any]:
@@ -177,7 +177,7 @@ def main(
     # search. A partial, because each worker calls it for itself.
     open_this_study = partial(open_study, url, study_name, PRUNER, suggest_hyperparameters, max_epochs)
     study = open_this_study()
-    if not study.trials:
+    if not counted_trials(study.trials):
         study.enqueue_trial(BASELINE)  # the next trial gets these values
     save_config(folder, options)
 

@@ -34,7 +34,7 @@ def report(
         return None
     best = complete[0]
     print_table(complete[:5], search_space)
-    save_pictures(study, folder)
+    save_pictures(study, baseline, folder)
     print()
     for trial in complete:
         if trial.params == baseline:
@@ -75,17 +75,17 @@ def print_table(trials: list[FrozenTrial], search_space: SearchSpace) -> None:
         print("  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)))
 
 
-def save_pictures(study: optuna.Study, folder: Path) -> None:
+def save_pictures(study: optuna.Study, baseline: dict[str, Any], folder: Path) -> None:
     """Saves pictures of the study as PNG files: how the trials went, and what Optuna itself draws."""
     # Parameters of every trial only: most trials have no third layer.
     shared = list(optuna.search_space.intersection_search_space(study.get_trials(deepcopy=False)))
     pictures = {
-        "intermediate_values": draw_intermediate_values(study),
+        "intermediate_values": draw_intermediate_values(study, baseline),
         "history": plots.plot_optimization_history(study).figure,
         "parallel_coordinate": plots.plot_parallel_coordinate(study, params=shared).figure,
     }
     if len(study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])) > 1:
-        # Not Optuna's default evaluator, which needs scikit-learn.
+        # Optuna's default since 5.0. The one before needs scikit-learn.
         importances = plots.plot_param_importances(study, evaluator=PedAnovaImportanceEvaluator())
         pictures["importances"] = importances.figure
     for axis in pictures["parallel_coordinate"].axes:
@@ -96,7 +96,7 @@ def save_pictures(study: optuna.Study, folder: Path) -> None:
         plt.close(figure)
 
 
-def draw_intermediate_values(study: optuna.Study) -> Figure:
+def draw_intermediate_values(study: optuna.Study, baseline: dict[str, Any]) -> Figure:
     """Draws the validation accuracy of each trial after each epoch; Optuna's picture does not show how it ended."""
     best = study.best_trial
     complete = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
@@ -109,7 +109,9 @@ def draw_intermediate_values(study: optuna.Study) -> Figure:
             axis.plot(epochs, list(trial.intermediate_values.values()), marker=".", label=label, **style)
             label = None  # once is enough for the legend
 
-    draw([trial for trial in complete if trial.number != best.number], "complete", color="tab:blue")
+    others = [trial for trial in complete if trial.number != best.number]
+    draw([trial for trial in others if trial.params != baseline], "complete", color="tab:blue")
+    draw([trial for trial in others if trial.params == baseline], "baseline", color="black", linewidth=2)
     draw([best], f"best, trial {best.number}", color="tab:red", linewidth=3)
     limits = axis.get_ylim()
     draw(pruned, "pruned", color="gray", linestyle="--", zorder=1)

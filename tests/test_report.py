@@ -12,21 +12,26 @@ def drawn(*trials: tuple[str, list[float]]) -> Axes:
     """The picture of a study whose trials have ended so, after these accuracies."""
     study = optuna.create_study(direction="maximize")
     for state, accuracies in trials:
+        if state == "baseline":
+            study.enqueue_trial({"x": 0.5})
         trial = study.ask()
+        trial.suggest_float("x", 0, 1)
+        state = "complete" if state == "baseline" else state
         for epoch, accuracy in enumerate(accuracies):
             trial.report(accuracy, step=epoch)
         value = max(accuracies, default=0.5) if state == "complete" else None
         study.tell(trial, value, TrialState[state.upper()])
-    [axis] = draw_intermediate_values(study).axes
+    [axis] = draw_intermediate_values(study, {"x": 0.5}).axes
     axis.figure.canvas.draw()
     return axis
 
 
 def test_picture_tells_pruned_trials_from_complete_ones_and_shows_the_best():
     good, better, bad = [0.95, 0.96, 0.97], [0.97, 0.98, 0.99], [0.93, 0.94]
-    axis = drawn(("complete", good), ("complete", better), ("pruned", bad), ("complete", good))
-    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["complete", "best, trial 1", "pruned"]
-    assert len({(line.get_color(), line.get_linestyle()) for line in axis.get_lines()}) == 3
+    axis = drawn(("baseline", good), ("complete", better), ("pruned", bad), ("complete", good))
+    labels = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert labels == ["complete", "baseline", "best, trial 1", "pruned"]
+    assert len({(line.get_color(), line.get_linestyle()) for line in axis.get_lines()}) == 4
     assert {label.get_text() for label in axis.get_xticklabels()} >= {"1", "2", "3"}
     assert all(tick == int(tick) for tick in axis.get_xticks())
 

@@ -212,6 +212,10 @@ def test_no_completed_trial_is_status_1_and_a_mistake_shows_its_traceback(
     monkeypatch.setattr("sweep.suggest_hyperparameters", lambda trial: {"wdith": trial.suggest_int("width", 1, 2)})
     with pytest.raises(KeyError, match="hidden_sizes"):
         call(sweep, "--n_trials", 3, "--study_name", "mistaken", *SHORT)
+    # Once it is mended, the study begins as it should have begun.
+    monkeypatch.undo()
+    assert call(sweep, "--n_trials", 1, "--study_name", "mistaken", *SHORT).returncode == 0
+    assert optuna.load_study(study_name="mistaken", storage=sqlite(tmp_path)).best_params == BASELINE
 
 
 @pytest.mark.parametrize("done", [0, 2])
