@@ -66,7 +66,7 @@ PRUNER = optuna.pruners.PercentilePruner(33.3, n_startup_trials=1)
 
 
 class PruningCallback(pl.Callback):
-    """Reports the accuracy of each validation to the trial, and ends a training that the study's pruner gives up.
+    """Reports the validation accuracy of each epoch to the trial, and ends a training that the pruner gives up.
 
     Optuna's own callback is made for the package `lightning`, whose Callback is another class than that of
     `pytorch_lightning`.
@@ -75,12 +75,11 @@ class PruningCallback(pl.Callback):
     def __init__(self, trial: optuna.Trial) -> None:
         self.trial = trial
 
-    def on_validation_end(self, trainer, pl_module) -> None:
-        if not trainer.sanity_checking:
-            self.trial.report(trainer.callback_metrics["accuracy/val"].item(), step=trainer.current_epoch)
-            self.trial.set_user_attr("steps", trainer.global_step)  # to see later what pruning has saved
-            if self.trial.should_prune():
-                raise optuna.TrialPruned
+    def on_train_epoch_end(self, trainer, pl_module) -> None:  # after validation
+        self.trial.report(trainer.callback_metrics["accuracy/val"].item(), step=trainer.current_epoch)
+        self.trial.set_user_attr("steps", trainer.global_step)  # to see later what pruning has saved
+        if self.trial.should_prune():
+            raise optuna.TrialPruned
 
 
 def objective(
@@ -117,7 +116,7 @@ def objective(
         logger=logger,
         callbacks=[
             MetricsCallback(),  # logs the accuracy/val that the last three use
-            FiniteLossCallback(),
+            FiniteLossCallback(),  # before PruningCallback, so that such a trial counts as failed
             EarlyStopping(monitor="accuracy/val", mode="max", patience=patience),
             PruningCallback(trial),
             checkpoint,
