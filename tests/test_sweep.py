@@ -171,10 +171,14 @@ def test_worker_that_was_stopped_goes_on(tmp_path: Path):
     options = ["--storage", storage, "--n_trials", "6", "--workers", "2", "--max_epochs", "1"]
     sweeping = start_script(tmp_path, "sweep.py", *options)
     wait_for_two(sweeping, storage)
-    time.sleep(0.5)
     os.kill(sweeping.pid, signal.SIGSTOP)  # the child was tried by hand
-    # Longer than the other one waits for it, without a look at the database: it may have been stopped in a transaction.
-    time.sleep(20)
+    # Until the other one takes it for dead, which it cannot do if the first one was stopped in a transaction.
+    deadline = time.time() + 40
+    while time.time() < deadline:
+        with contextlib.suppress(SQLAlchemyError):
+            if retried(load(storage)):
+                break
+        time.sleep(0.5)
     os.kill(sweeping.pid, signal.SIGCONT)
     output, errors = sweeping.communicate(timeout=300)
     assert sweeping.returncode == 0, errors
@@ -289,6 +293,7 @@ def test_other_search_space_or_length_is_refused(script, tmp_path: Path):
     study = optuna.create_study(storage=storage, study_name="mnist", direction="maximize")
     study.optimize(lambda trial: trial.suggest_float("learning_rate", 0.1, 0.2), n_trials=1)
     assert_one_line_error(script("sweep.py", "--storage", storage), "another search space", "--study_name")
-    optuna.create_study(storage=storage, study_name="long").set_user_attr("max_epochs", 99)
+    long = optuna.create_study(storage=storage, study_name="long", direction="maximize")
+    long.set_user_attr("max_epochs", 99)
     assert_one_line_error(script("sweep.py", "--storage", storage, "--study_name", "long"), "max_epochs 99")
     assert load(storage).trials[0].params == study.trials[0].params
