@@ -1,7 +1,9 @@
 """What the papers claim about initialization, measured; then the script and its callback."""
 
+import inspect
 import math
 import re
+import signal
 import subprocess
 import sys
 from itertools import pairwise
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
+import yaml
 from PIL import Image
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor, nn
@@ -390,6 +393,30 @@ def test_script_prints_a_table_and_writes_pictures_and_histograms(tmp_path):
         } <= set(tags["scalars"])
         assert [event.step for event in events.Scalars("loss/step")] == [0, 1, 2, 3]
         assert events.Scalars("preactivation_std/model.layers.4")[0].value == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("in_training", [True, False])
+def test_interrupted_comparison_reports_what_it_has_and_ends_with_130(call, monkeypatch, tmp_path, in_training):
+    def interrupted(linear: nn.Linear, activation: str, inputs: Tensor) -> None:
+        if in_training:
+            linear.register_full_backward_hook(lambda *_: signal.raise_signal(signal.SIGINT))
+        else:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setitem(INITIALIZATIONS, "lsuv", interrupted)
+    ended = call(initialization.main, *SMALL)
+    assert ended.returncode == 130, ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert "interrupted; the results so far:\n\ntanh" in ended.stdout
+    assert re.findall("^(zeros|lsuv) ", ended.stdout, re.MULTILINE) == ["zeros"]
+    assert (tmp_path / "logs/initialization/version_0/depth.png").exists()
+
+
+def test_folder_holds_every_option_of_the_call(call, tmp_path):
+    assert call(initialization.main, *SMALL, "--seed", "7").returncode == 0
+    options = yaml.safe_load((tmp_path / "logs/initialization/version_0/config.yaml").read_text())
+    assert options.keys() == inspect.signature(initialization.main).parameters.keys()
+    assert (options["seed"], options["schemes"], options["steps"]) == (7, ["zeros", "lsuv"], 4)
 
 
 def test_pictures_say_where_numbers_overflow_and_where_all_are_0(tmp_path):
