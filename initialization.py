@@ -9,8 +9,7 @@ that of the gradient by about fan_out * Var(w) times the mean of the activation'
 clearly below 1, signal or gradient vanish with depth. Where it is clearly above 1, they explode, or tanh saturates.
 
 Read `run_scheme` first: one training, with callbacks that measure it. Then `main`, which compares all of them.
-docs/initialization.md explains the results. The schemes are in common/initializers.py: zeros, a constant, normal
-numbers that are too small or too large, Xavier, Kaiming, orthogonal, and lsuv, which looks at a batch of images.
+The schemes are in common/initializers.py, each with its source. docs/initialization.md explains the results.
 """
 
 import logging
@@ -31,7 +30,7 @@ from tqdm import tqdm
 from common.activations import DEFECTS, ActivationHistogramCallback, LossCurveCallback, Result
 from common.callbacks import GradientHistogramCallback, MetricsCallback
 from common.classifier import Classifier
-from common.cli import Seed, run_from_command_line
+from common.cli import Seed, run_from_command_line, save_config
 from common.data import DATA_DIR, MNISTDataModule
 from common.initializers import INITIALIZATIONS, initialize
 from common.model import MLP
@@ -43,9 +42,9 @@ Scheme = Literal[tuple(INITIALIZATIONS)]
 
 
 class SGDClassifier(Classifier):
-    """`Classifier` with another optimizer, stochastic gradient descent with momentum, at a constant learning rate.
+    """`Classifier` with another optimizer: stochastic gradient descent with momentum, at a constant learning rate.
 
-    AdamW divides each weight's gradient by its usual size, and so hides how small or how large the gradients are.
+    AdamW divides each weight's gradient by its usual size. That would hide how small or how large the gradients are.
     """
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -122,11 +121,12 @@ def main(
         batch_size: Images of a batch.
         seed: Seed of the initial weights and of the order of the images; every run sees the same batches.
         data_dir: Folder of the MNIST files.
-        log_dir: Logs and pictures go to its subfolder initialization/version_N.
+        log_dir: Logs, pictures and config.yaml, these options, go to its subfolder initialization/version_N.
 
     Returns:
         What each run has measured.
     """
+    options = dict(locals())  # a copy, because locals() may change with the variables below
     if not schemes or not activations:
         raise MisconfigurationException("there is nothing to compare: schemes or activations is empty")
     # Each Trainer would say which devices there are and why it has stopped.
@@ -138,8 +138,8 @@ def main(
     data.setup("fit")
 
     # A folder for each call: TensorBoard would mix runs of another depth with these.
-    parent = Path(log_dir, "initialization")
-    folder = parent / f"version_{make_version(parent)}"
+    folder = make_version(Path(log_dir, "initialization"))
+    save_config(folder, options)
     results = []
     # dict.fromkeys drops what is named twice.
     progress = tqdm(list(product(dict.fromkeys(activations), dict.fromkeys(schemes))), unit="run")
@@ -151,12 +151,13 @@ def main(
             results.append(run_scheme(scheme, model, data, steps, learning_rate, folder))
     except (KeyboardInterrupt, SystemExit):  # Lightning turns Ctrl-C in a training into SystemExit
         print("\ninterrupted; the results so far:")
-
-    print_table(results)
-    print()
-    for path in save_pictures(results, folder):
-        print(path)
-    print(f"tensorboard --logdir {folder}")
+        raise  # run_from_command_line makes an exit status of it
+    finally:
+        print_table(results)
+        print()
+        for path in save_pictures(results, folder):
+            print(path)
+        print(f"tensorboard --logdir {folder}")
     return results
 
 

@@ -42,12 +42,13 @@ def draw_depth(groups: dict[str, list[Result]]) -> Figure:
             notes = {"0 in all hidden layers": [], "overflow": []}
             for result in results:
                 stds = result.measured_stds[what]
+                if not any(stds[:-1]):
+                    notes["0 in all hidden layers"].append(result.scheme)
+                    continue
                 layers = range(1, len(stds) + 1)
                 axis.plot(layers, stds, color=colors[result.scheme], linewidth=4, alpha=0.7, label=result.scheme)
                 axis.plot(layers, result.predicted_stds[what], "k--", linewidth=0.8)
-                if not any(stds[:-1]):
-                    notes["0 in all hidden layers"].append(result.scheme)
-                elif not np.isfinite(stds).all():
+                if not np.isfinite(stds).all():
                     notes["overflow"].append(result.scheme)
             axis.set_yscale("log", nonpositive="mask")
             (bottom, top), (low, high) = axis.get_ylim(), limits[what]
