@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.conftest import ROOT, assert_one_line_error
-from tests.test_runs import scalars
+from tests.test_runs import left_by_a_longer_run, scalars
 
 TINY = ("--hidden_sizes", "[32]", "--accelerator", "cpu", "--devices", 1, "--num_nodes", 2, "--strategy", "ddp")
 # Each namespace has a network of its own, so these names and addresses cannot meet those of another test.
@@ -115,12 +115,10 @@ def test_two_hosts_train_and_resume_without_a_shared_disk(launch, tmp_path: Path
     assert not list((tmp_path / "host1").iterdir())
     run = tmp_path / "host0/logs/main/version_0"
 
-    # Left as a run of two epochs leaves it that was stopped after the first.
     last = run / "checkpoints/last.ckpt"
     checkpoint = torch.load(last)
     assert checkpoint["global_step"] == 54
-    checkpoint["lr_schedulers"][0]["total_steps"] *= 2
-    torch.save(checkpoint, last)
+    torch.save(left_by_a_longer_run(checkpoint, 2), last)
 
     # The second host has no run to go on with.
     for host in launch("--max_epochs", 2, "--ckpt_path", "last"):
