@@ -30,14 +30,14 @@ from common.cli import Seed, run_from_command_line, save_config
 from common.data import DATA_DIR, MNISTDataModule
 from common.model import MLP
 from common.report import report
-from common.study import counted_trials, open_study, run_workers, storage_url, without_secrets
+from common.study import counted_trials, open_study, run_workers, storage_errors, storage_url, without_secrets
 
 
 def suggest_hyperparameters(trial: optuna.Trial) -> dict[str, Any]:
     """Asks the trial for a point of the search space; the keys are options of `main.py`.
 
-    The sampler chooses each value: Optuna's default, TPE, which looks at the trials before. The space is declared
-    nowhere else. It is whatever is asked for here: `hidden_size_2` exists in trials of depth 3 alone.
+    The study's sampler, TPE, chooses each value. The space is declared nowhere else. It is whatever is asked for here:
+    only trials of depth 3 have `hidden_size_2`.
     """
     depth = trial.suggest_int("depth", 1, 3)
     return {
@@ -50,7 +50,8 @@ def suggest_hyperparameters(trial: optuna.Trial) -> dict[str, Any]:
     }
 
 
-# What a textbook would begin with. Trial 0 of every study gets these values, and the others have to beat it.
+# What a textbook would begin with, by the names asked for above. The first trial of a study gets these values, and the
+# others have to beat it.
 BASELINE = {
     "depth": 1,
     "hidden_size_0": 128,
@@ -77,14 +78,14 @@ class PruningCallback(pl.Callback):
 
     def on_train_epoch_end(self, trainer, pl_module) -> None:  # after validation
         self.trial.report(trainer.callback_metrics["accuracy/val"].item(), step=trainer.current_epoch)
-        self.trial.set_user_attr("steps", trainer.global_step)  # to see later what pruning has saved
+        self.trial.set_user_attr("steps", trainer.global_step)  # what pruning has saved, for tests/benchmark.py
         if self.trial.should_prune():
             raise optuna.TrialPruned
 
 
 def objective(
     trial: optuna.Trial,
-    data: MNISTDataModule,
+    data_dir: str,
     folder: Path,
     max_epochs: int,
     patience: int,
@@ -103,7 +104,7 @@ def objective(
     chosen = suggest_hyperparameters(trial)
     pl.seed_everything(seed, verbose=False)
 
-    data.batch_size = chosen["batch_size"]  # one data module for all trials, so that the images stay loaded
+    data = MNISTDataModule(data_dir, chosen["batch_size"], seed)
     model = MLP(chosen["hidden_sizes"], chosen["activation"], chosen["dropout"])
     classifier = Classifier(model, chosen["learning_rate"], chosen["weight_decay"])
 
@@ -115,8 +116,8 @@ def objective(
         devices=devices,
         logger=logger,
         callbacks=[
-            MetricsCallback(),  # logs the accuracy/val that the last three use
-            FiniteLossCallback(),  # before PruningCallback, so that such a trial counts as failed
+            MetricsCallback(),  # logs accuracy/val, which the last three use
+            FiniteLossCallback(),  # after PruningCallback, a trial whose loss is NaN might be pruned and not fail
             EarlyStopping(monitor="accuracy/val", mode="max", patience=patience),
             PruningCallback(trial),
             checkpoint,
@@ -133,6 +134,7 @@ def objective(
     return accuracy
 
 
+@storage_errors()
 def main(
     n_trials: PositiveInt = 20,
     timeout: PositiveFloat = float("inf"),
@@ -162,15 +164,16 @@ def main(
         log_dir: Folder for the storage, logs, checkpoints and pictures.
     """
     options = dict(locals())  # all of the above by their names, for config.yaml
-    folder = Path(log_dir, "sweep")
-    folder.mkdir(parents=True, exist_ok=True)
-    url = storage_url(storage) if storage else URL.create("sqlite", database=str(folder / "optuna.db"))
+    parent = Path(log_dir, "sweep")
+    parent.mkdir(parents=True, exist_ok=True)
     if storage:
+        url = storage_url(storage)
         options["storage"] = without_secrets(url)
-        folder /= quote(options["storage"], safe="")  # studies in two databases may share a name
-    folder /= study_name
-    data = MNISTDataModule(data_dir, seed=seed)
-    data.prepare_data()  # here, so that missing data ends the program and not the first trial
+        parent /= quote(options["storage"], safe="")  # studies in two databases may share a name
+    else:
+        url = URL.create("sqlite", database=str(parent / "optuna.db"))
+    folder = parent / quote(study_name, safe="")
+    MNISTDataModule(data_dir).prepare_data()  # here, so that missing data ends the program and not the first trial
 
     # optuna.create_study(direction="maximize", load_if_exists=True), and a check of ours: it refuses a study of another
     # search. A partial, because each worker calls it for itself.
@@ -182,31 +185,27 @@ def main(
 
     # `objective` for each worker, with all but the trial fixed.
     gpus = torch.cuda.device_count() if accelerator in ("auto", "gpu", "cuda") else 0
-    fixed = {"folder": folder, "max_epochs": max_epochs, "patience": patience, "seed": seed, "accelerator": accelerator}
-    objectives = [partial(objective, data=data, devices=device_of(worker, gpus), **fixed) for worker in range(workers)]
-    # A finished trial answers suggest_...() with the values that it has stored, so suggest_hyperparameters turns it
-    # back into options of main.py.
-    print_report = partial(report, study, suggest_hyperparameters, BASELINE, folder, same_as_here(options))
+    fixed = {"data_dir": data_dir, "folder": folder, "max_epochs": max_epochs, "patience": patience}
+    fixed |= {"seed": seed, "accelerator": accelerator}
+    objectives = [partial(objective, devices=device_of(worker, gpus), **fixed) for worker in range(workers)]
+    print_report = partial(report, study, suggest_hyperparameters, BASELINE, folder, options_of_main(options))
     try:
-        # Ours, not Optuna's: each worker calls study.optimize(its objective, n_trials=1) until all of them together
-        # have run n_trials. Before each trial it seeds the study's sampler by seed and trial number, or two workers
-        # would try the same points.
         run_workers(open_this_study, objectives, n_trials, timeout, seed)
     except (KeyboardInterrupt, SystemExit):  # Lightning turns Ctrl-C in a training into SystemExit
         print("\ninterrupted; the same command continues the study")
         print_report()
         raise
-    if print_report() is None:
+    if not print_report():
         sys.exit("no trial was completed")
 
 
 def device_of(worker: int, gpus: int) -> int | list[int]:
-    """A Trainer's `devices`: the GPUs go to the workers in turn, so of two, worker 2 gets GPU 0 again."""
+    """A Trainer's `devices`: the GPUs in turn, counted from 0, or one device where there is no GPU."""
     return [worker % gpus] if gpus else 1
 
 
-def same_as_here(options: dict[str, Any]) -> dict[str, Any]:
-    """The options that `main.py` shares with this script, where they are not the default."""
+def options_of_main(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that `main.py` has too, where they are not the default, which is the same in both."""
     defaults = inspect.signature(main).parameters
     names = ("accelerator", "seed", "data_dir", "log_dir")
     return {name: options[name] for name in names if options[name] != defaults[name].default}

@@ -15,6 +15,8 @@ warnings.filterwarnings("ignore", ".*is smaller than the logging interval")
 warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated")
 # Optuna calls its pictures and its retries experimental; requirements.txt bounds the version.
 warnings.filterwarnings("ignore", ".* is (an )?experimental")
+# common/study.py asks for trials outside of study.optimize, and sends the heartbeats as that does.
+warnings.filterwarnings("ignore", "Heartbeat of storage is supposed to be used")
 # A study of few trials makes poor pictures, but they improve as it goes on.
 warnings.filterwarnings("ignore", "Attempting to set identical low and high .*lims")
 warnings.filterwarnings("ignore", "The number of trials is too small|Some regimes for parameter")

@@ -9,29 +9,29 @@ import optuna
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from optuna.importance import PedAnovaImportanceEvaluator
-from optuna.trial import FixedTrial, FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, TrialState
 from optuna.visualization import matplotlib as plots
 
-from common.study import SearchSpace
+from common.study import SearchSpace, counted_trials
 
 
 def report(
     study: optuna.Study, search_space: SearchSpace, baseline: dict[str, Any], folder: Path, options: dict[str, Any]
-) -> FrozenTrial | None:
-    """Prints how the trials ended and the best of them, draws the study, and returns the best trial if there is one.
+) -> bool:
+    """Prints how the trials ended and the best of them, draws the study, and returns whether there is a complete one.
 
-    `search_space` turns the parameters that the study has stored back into options of `main.py`. The command for the
-    full length has `options` too.
+    A finished trial answers suggest_...() with the values that it has stored, so `search_space` turns it back into
+    options of `main.py`. The command that trains the best one with `main.py`'s own epochs has `options` too.
     """
-    trials = study.get_trials(deepcopy=False)
+    trials = counted_trials(study.get_trials(deepcopy=False))
     counts = {state.name.lower(): sum(trial.state == state for trial in trials) for state in TrialState}
     print("\ntrials: " + ", ".join(f"{count} {state}" for state, count in counts.items() if count))
     for trial in trials:
-        if "error" in trial.user_attrs:
+        if trial.state == TrialState.FAIL:
             print(f"trial {trial.number} failed: {trial.user_attrs['error']}")
     complete = sorted((trial for trial in trials if trial.state == TrialState.COMPLETE), key=lambda trial: -trial.value)
     if not complete:
-        return None
+        return False
     best = complete[0]
     print_table(complete[:5], search_space)
     save_pictures(study, baseline, folder)
@@ -40,18 +40,12 @@ def report(
         if trial.params == baseline:
             print(f"baseline {trial.value:.1%} -> best {best.value:.1%}")
     print(f"pictures, logs:   {folder}\nto look at them:  tensorboard --logdir {folder}")
-    # The checkpoint also holds the arguments of its MLP, and Classifier builds it from them.
-    path = best.user_attrs.get("checkpoint", "none")
+    path = best.user_attrs["checkpoint"]
     print(f'its weights:      Classifier.load_from_checkpoint("{path}", weights_only=True)')
     if not Path(path).exists():
         print("                  (on the machine that has trained it)")
-    print(f"full length:      python main.py {command_line(hyperparameters_of(best, search_space) | options)}")
-    return best
-
-
-def hyperparameters_of(trial: FrozenTrial, search_space: SearchSpace) -> dict[str, Any]:
-    """The options of `main.py` that a finished trial has tried."""
-    return search_space(FixedTrial(trial.params))
+    print(f"full length:      python main.py {command_line(search_space(best) | options)}")
+    return True
 
 
 def command_line(options: dict[str, Any]) -> str:
@@ -64,9 +58,9 @@ def command_line(options: dict[str, Any]) -> str:
 
 def print_table(trials: list[FrozenTrial], search_space: SearchSpace) -> None:
     """Prints a line for each trial, with its numbers rounded."""
-    rows = [["trial", "val accuracy", *hyperparameters_of(trials[0], search_space)]]
+    rows = [["trial", "val accuracy", *search_space(trials[0])]]
     for trial in trials:
-        values = hyperparameters_of(trial, search_space).values()
+        values = search_space(trial).values()
         rounded = [f"{value:.3g}" if isinstance(value, float) else str(value) for value in values]
         rows.append([str(trial.number), f"{trial.value:.2%}", *rounded])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -85,7 +79,7 @@ def save_pictures(study: optuna.Study, baseline: dict[str, Any], folder: Path) -
         "parallel_coordinate": plots.plot_parallel_coordinate(study, params=shared).figure,
     }
     if len(study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])) > 1:
-        # Optuna's default since 5.0. The one before needs scikit-learn.
+        # Optuna's default since 5.0. The older one needs scikit-learn.
         importances = plots.plot_param_importances(study, evaluator=PedAnovaImportanceEvaluator())
         pictures["importances"] = importances.figure
     for axis in pictures["parallel_coordinate"].axes:

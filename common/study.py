@@ -3,12 +3,11 @@
 import logging
 import multiprocessing
 import os
-import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -18,23 +17,25 @@ import optuna
 import torch
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import RetryHeartbeatStaleTrialCallback
+from optuna.storages._heartbeat import get_heartbeat_thread
 from optuna.study import StudyDirection
 from optuna.trial import FixedTrial, FrozenTrial, TrialState
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from sqlalchemy import URL, event, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from tqdm import tqdm
 
 from common.cli import one_line_errors
 
 SearchSpace = Callable[[optuna.Trial], dict[str, Any]]
-STORAGE_ERRORS = (StorageInternalError, DBAPIError)
+# Optuna wraps some of the database's errors, and passes on the others.
+STORAGE_ERRORS = (StorageInternalError, SQLAlchemyError)
 # What may go wrong in a training without a mistake in the code. The trial counts as failed, and the study goes on.
 TRAINING_ERRORS = (FloatingPointError, torch.OutOfMemoryError)
 
 
 class SharedStorage(optuna.storages.RDBStorage):
-    """Optuna's database with what several workers need: a heartbeat, retries, and one at a time on SQLite.
+    """Optuna's database with what several workers need: heartbeats, reruns of lost trials, no clashes on SQLite.
 
     A worker that has not been heard of for 15 seconds is taken for dead, and its trial is run again.
     """
@@ -54,7 +55,7 @@ class SharedStorage(optuna.storages.RDBStorage):
         if is_sqlite:
             event.listen(self.engine, "connect", lambda connection, _: setattr(connection, "isolation_level", None))
             event.listen(self.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
-            self.engine.dispose()
+            self.engine.dispose()  # closes the connections that were opened without these listeners
 
     def record_heartbeat(self, trial_id: int) -> None:
         # Optuna's thread would end at the first error, and the next beat may find the database again.
@@ -62,25 +63,29 @@ class SharedStorage(optuna.storages.RDBStorage):
             super().record_heartbeat(trial_id)
 
 
-class SurplusTrialError(Exception):
-    """Two workers opened the last trial at the same moment, and the later one steps back.
-
-    Optuna marks its trial as failed. Without an `error` attribute it does not count.
-    """
+@contextmanager
+def storage_errors() -> Iterator[None]:
+    """Makes one line of a database's error: what it has said, without the URL, which may hold a password."""
+    try:
+        yield
+    except STORAGE_ERRORS as error:
+        reason = error
+        while reason.__cause__:
+            reason = reason.__cause__
+        raise MisconfigurationException(f"--storage: {reason}") from error
 
 
 def storage_url(storage: str) -> URL:
     """Reads a database URL.
 
     Raises:
-        MisconfigurationException: if it is none. The message has no more of it than the part before the colon.
+        MisconfigurationException: if it is none.
     """
     try:
         return make_url(storage)
     except (ArgumentError, ValueError) as error:
-        scheme = re.match(r"[\w+-]*", storage)[0]  # what follows may hold a password
         raise MisconfigurationException(
-            f"--storage {scheme}: no database URL such as postgresql+psycopg://user@host/database"
+            "--storage is no database URL such as postgresql+psycopg://user@host/database"
         ) from error
 
 
@@ -89,45 +94,31 @@ def without_secrets(url: URL) -> str:
     return URL.create(url.drivername, url.username, None, url.host, url.port, url.database).render_as_string()
 
 
-def refused(error: Exception) -> MisconfigurationException:
-    """What the database or its driver has said, without the URL, which may hold a password."""
-    while error.__cause__:
-        error = error.__cause__
-    return MisconfigurationException(f"--storage: {error}")
-
-
-def create_or_load_study(url: URL, study_name: str, pruner: optuna.pruners.BasePruner) -> optuna.Study:
-    for attempt in range(3):
-        try:
-            storage = SharedStorage(url)
-            return optuna.create_study(
-                storage=storage, study_name=study_name, pruner=pruner, direction="maximize", load_if_exists=True
-            )
-        # A RuntimeError means that the tables are those of another Optuna.
-        except (ArgumentError, ImportError, RuntimeError, *STORAGE_ERRORS) as error:
-            # Another program may be making the tables at the same moment.
-            if attempt == 2 or not isinstance(error, STORAGE_ERRORS):
-                raise refused(error) from error
-            time.sleep(1)
-
-
 def open_study(
-    url: URL,
-    study_name: str,
-    pruner: optuna.pruners.BasePruner,
-    search_space: SearchSpace,
-    max_epochs: int,
+    url: URL, study_name: str, pruner: optuna.pruners.BasePruner, search_space: SearchSpace, max_epochs: int
 ) -> optuna.Study:
-    """Creates the study or loads it, if it is the same search.
+    """Makes the database's tables and the study if there are none, and returns the study if it is the same search.
 
     Raises:
         MisconfigurationException: if the storage cannot be opened, or its study has another direction, other epochs or
             another search space. Trials of these could not be compared.
     """
-    # The progress bar says it all; Lightning would introduce each trial anew.
+    # The progress bar says it all; Lightning would print the devices for each trial.
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    study = create_or_load_study(url, study_name, pruner)
+    for attempt in range(3):
+        try:
+            storage = SharedStorage(url)
+            study = optuna.create_study(
+                storage=storage, study_name=study_name, pruner=pruner, direction="maximize", load_if_exists=True
+            )
+            break
+        except (ImportError, RuntimeError) as error:  # no driver, or the tables of another Optuna
+            raise MisconfigurationException(f"--storage: {error.__cause__ or error}") from error
+        except STORAGE_ERRORS:
+            if attempt == 2:
+                raise
+            time.sleep(1)  # another program may be making the tables at the same moment
     if difference := difference_of(study, search_space, max_epochs):
         raise MisconfigurationException(f"study {study_name!r} {difference}; take another --study_name")
     study.set_user_attr("max_epochs", max_epochs)
@@ -150,44 +141,37 @@ def difference_of(study: optuna.Study, search_space: SearchSpace, max_epochs: in
 
 
 def counted_trials(trials: list[FrozenTrial]) -> list[FrozenTrial]:
-    """All trials but those that failed without an `error` attribute.
-
-    Such a trial was lost with its worker and is run again under another number, or it was a surplus.
-    """
+    """All trials but those that failed without an `error` attribute: their workers are lost, or they are surplus."""
     return [trial for trial in trials if trial.state != TrialState.FAIL or "error" in trial.user_attrs]
 
 
 def run_trial(study: optuna.Study, objective: Callable[[optuna.Trial], float], n_trials: int, seed: int) -> None:
-    """Runs one trial, unless the study turns out to have its `n_trials`. A mistake in the code is raised."""
-    mistakes: list[Exception] = []
+    """Runs one trial, unless the study turns out to have its `n_trials`. A mistake in the code is raised.
 
-    def objective_of_this_worker(trial: optuna.Trial) -> float:
-        if trial.number in [other.number for other in counted_trials(study.get_trials(deepcopy=False))[n_trials:]]:
-            raise SurplusTrialError
-        # Optuna asks the sampler at each suggest_...(), so a sampler set now serves this trial. Its seed is a function
-        # of seed and number, so that neither a continued study nor a second worker repeats suggestions. Their sum would
-        # not do: the trials of seed 1 would be those of seed 0, one later.
-        sampler_seed = int(np.random.SeedSequence([seed, trial.number]).generate_state(1)[0])
-        # constant_liar keeps it away from what other workers are just trying.
-        study.sampler = optuna.samplers.TPESampler(seed=sampler_seed, constant_liar=True)
+    Not by `study.optimize`, which ends the trial of a mistake or of Ctrl-C as failed: here it stays open, and is run
+    again as that of a dead worker.
+    """
+    trial = study.ask()
+    surplus = counted_trials(study.get_trials(deepcopy=False))[n_trials:]
+    if trial.number in [other.number for other in surplus]:
+        # Two workers opened the last trial at the same moment, and the later one steps back.
+        study.tell(trial, state=TrialState.FAIL)
+        return
+    # Optuna asks the sampler at each suggest_...(), so a sampler set now serves this trial. Its seed is a function of
+    # seed and number, so that neither a continued study nor a second worker repeats suggestions. Their sum would not
+    # do: the trials of seed 1 would be those of seed 0, one later.
+    sampler_seed = int(np.random.SeedSequence([seed, trial.number]).generate_state(1)[0])
+    # constant_liar keeps it away from what other workers are just trying.
+    study.sampler = optuna.samplers.TPESampler(seed=sampler_seed, constant_liar=True)
+    with get_heartbeat_thread(trial._trial_id, study._storage):
         try:
-            return objective(trial)
+            value, state = objective(trial), TrialState.COMPLETE
+        except optuna.TrialPruned:
+            value, state = None, TrialState.PRUNED
         except TRAINING_ERRORS as error:
             trial.set_user_attr("error", str(error))  # so it counts, and the report says why
-            raise
-        except optuna.TrialPruned:
-            raise
-        except Exception as error:
-            mistakes.append(error)
-            raise
-
-    try:
-        study.optimize(objective_of_this_worker, n_trials=1, catch=(*TRAINING_ERRORS, SurplusTrialError))
-    except (UpdateFinishedTrialError, ValueError, AssertionError, UnboundLocalError) as error:
-        # Optuna itself raises one of these if another worker took this one for dead, ended its trial and repeats it, or
-        # if the database is gone, which the caller meets next.
-        if error in mistakes:
-            raise
+            value, state = None, TrialState.FAIL
+    study.tell(trial, value, state, skip_if_finished=True)
 
 
 def run_worker(
@@ -202,38 +186,36 @@ def run_worker(
     """Runs trials until the study has `n_trials`, together with whoever else works on it.
 
     Raises:
-        MisconfigurationException: if the database fails, or one of the `others` has ended with an error.
+        MisconfigurationException: if one of the `others` has ended with an error.
     """
     torch.set_num_threads(threads)
-    study, given_heartbeat = open_study(), set()
-    bar = tqdm(total=n_trials, unit="trial", disable=multiprocessing.parent_process() is not None)
-    try:
+    study = open_study()
+    given_heartbeat: set[int] = set()
+    with tqdm(total=n_trials, unit="trial", disable=multiprocessing.parent_process() is not None) as bar:
         while time.time() < deadline:
-            if any((process.exitcode or 0) > 0 for process in others):  # below 0: killed, and its trial is run again
+            # 1 after a traceback, 2 after one line. The trial of one that was killed is run again.
+            if any(process.exitcode in (1, 2) for process in others):
                 raise MisconfigurationException("another worker has ended with an error")
+            optuna.storages.fail_stale_trials(study)
             trials = study.get_trials(deepcopy=False)
             unfinished = [trial for trial in trials if not trial.state.is_finished()]
             opened = len(counted_trials(trials))
-            bar.n = max(0, min(opened, n_trials) - len(unfinished))
+            bar.n = min(n_trials, opened - len(unfinished))
             bar.set_postfix({"best": max((trial.value for trial in trials if trial.value), default=None)})
             # A dead worker's trial waits to be run again.
             if opened < n_trials or any(trial.state == TrialState.WAITING for trial in unfinished):
-                run_trial(study, objective, n_trials, seed)
-                continue
-            if not unfinished:
+                with suppress(UpdateFinishedTrialError):  # another worker took this one for dead, and repeats its trial
+                    run_trial(study, objective, n_trials, seed)
+            elif unfinished:
+                # A worker may have died before its first heartbeat, and Optuna never takes a trial without any for
+                # dead. So each gets one from here, once.
+                for trial in unfinished:
+                    if trial.number not in given_heartbeat:
+                        study._storage.record_heartbeat(trial._trial_id)
+                        given_heartbeat.add(trial.number)
+                time.sleep(1)
+            else:
                 break
-            time.sleep(1)
-            optuna.storages.fail_stale_trials(study)
-            # A worker may have died before its first heartbeat, and Optuna takes no trial without any for dead. One
-            # from here lets it grow stale.
-            for trial in unfinished:
-                if trial.number not in given_heartbeat:
-                    study._storage.record_heartbeat(trial._trial_id)
-                    given_heartbeat.add(trial.number)
-    except STORAGE_ERRORS as error:
-        raise refused(error) from error
-    finally:
-        bar.close()
 
 
 def run_child(name: str, run: Callable[[], None]) -> None:
@@ -244,7 +226,10 @@ def run_child(name: str, run: Callable[[], None]) -> None:
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
-    with one_line_errors(name):
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # a terminal sends Ctrl-C to all processes, and the parent ends this one
+    with one_line_errors(name), storage_errors():
         run()
 
 
@@ -257,26 +242,27 @@ def run_workers(
 ) -> None:
     """Runs a worker here, and one in a process of its own for each further objective, until the study has `n_trials`.
 
-    Processes and not Optuna's n_jobs, whose threads would share the interpreter and the random state.
+    Processes and not Optuna's n_jobs, whose threads would share the interpreter and the random state. Its
+    MaxTrialsCallback counts finished trials only, so several workers would run too many.
     """
     threads = max(1, torch.get_num_threads() // len(objectives))  # an equal share of what torch takes by default
     shared = {"n_trials": n_trials, "deadline": time.time() + timeout, "seed": seed, "threads": threads}
     runs = [partial(run_worker, open_study, objective, **shared) for objective in objectives]
     context = multiprocessing.get_context("spawn")
-    # A terminal sends Ctrl-C to all processes. A process inherits that its parent ignores it: so this one does while it
-    # starts the others, and afterwards heeds it and ends them.
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     others = [context.Process(target=run_child, args=(f"worker {i}", run)) for i, run in enumerate(runs[1:], start=1)]
-    for process in others:
-        process.start()
+    # Processes inherit that SIGINT is ignored, and so they do until run_child ignores it by itself.
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
+        for process in others:
+            process.start()
         signal.signal(signal.SIGINT, handler)
         runs[0](others=others)
-        for process in others:
-            process.join()
+        if time.time() >= shared["deadline"]:
+            for process in others:
+                process.join()  # it has a trial to finish
     finally:
+        signal.signal(signal.SIGINT, handler)
         for process in others:
-            process.terminate()
-        for process in others:
-            process.join(10)
-            process.kill()  # one that was between two trainings may have missed the first signal
+            if process.pid:
+                process.kill()
+                process.join()

@@ -396,7 +396,7 @@ def run_study(seed: int, at_full_length: list[dict[str, Any]] | None = None) -> 
         options["patience"] = options["max_epochs"]
     for params in at_full_length or [sweep.BASELINE]:
         study.enqueue_trial(params)
-    objective = partial(sweep.objective, data=MNISTDataModule(seed=seed), **options)
+    objective = partial(sweep.objective, data_dir=DATA_DIR, **options)
     for _ in range(20):
         run_trial(study, objective, 20, seed)
     return study
