@@ -1,5 +1,7 @@
 """Trains an image classifier on folders of images with PyTorch Lightning, and tests its best epoch.
 
+The images are in data/train/CLASS, data/val/CLASS and data/test/CLASS.
+
 python starter.py --data_dir data --max_epochs 10
 python starter.py --data_dir data --max_epochs 20 --ckpt_path lightning_logs/version_0/checkpoints/newest.ckpt
 """
@@ -18,7 +20,7 @@ from torchvision.transforms import v2
 SIZE = 64  # images of any size are cut to squares of so many pixels
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of photographs: ImageNet's red, green and blue
 TO_TENSOR = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
-WHOLE = v2.Compose([v2.Resize(SIZE), v2.CenterCrop(SIZE), *TO_TENSOR])
+PLAIN = v2.Compose([v2.Resize(SIZE), v2.CenterCrop(SIZE), *TO_TENSOR])
 # Not for text: the flip mirrors letters.
 AUGMENTED = v2.Compose([v2.RandomResizedCrop(SIZE, scale=(0.5, 1.0)), v2.RandomHorizontalFlip(), *TO_TENSOR])
 
@@ -29,7 +31,7 @@ class ImageData(pl.LightningDataModule):
         self.loading = {"batch_size": batch_size, "num_workers": num_workers, "persistent_workers": num_workers > 0}
         # Here and not in `setup`: it only lists the files, and the module needs to know the classes.
         self.train_set = ImageFolder(Path(data_dir, "train"), AUGMENTED)
-        self.val_set, self.test_set = (ImageFolder(Path(data_dir, name), WHOLE) for name in ("val", "test"))
+        self.val_set, self.test_set = (ImageFolder(Path(data_dir, name), PLAIN) for name in ("val", "test"))
         for images in (self.val_set, self.test_set):
             if images.classes != self.train_set.classes:  # a label is a position in this list
                 raise FileNotFoundError(f"{images.root} has {images.classes}, train has {self.train_set.classes}")
@@ -47,13 +49,14 @@ class ImageData(pl.LightningDataModule):
 class ImageClassifier(pl.LightningModule):
     def __init__(self, classes, learning_rate=1e-3):
         super().__init__()
-        self.save_hyperparameters()  # plain values: they go into every checkpoint, and load_from_checkpoint needs them
-        self.model = nn.Sequential(
-            *(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2)),
-            *(nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2)),
-            *(nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.AdaptiveAvgPool2d(1)),
-            *(nn.Flatten(), nn.Linear(64, len(classes))),
-        )
+        self.save_hyperparameters()  # into each checkpoint, where load_from_checkpoint finds them: plain values only
+
+        def block(inputs, outputs):
+            return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU())
+
+        # Its mean over all pixels makes images of any size fit.
+        head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, len(classes)))
+        self.model = nn.Sequential(block(3, 16), nn.MaxPool2d(2), block(16, 32), nn.MaxPool2d(2), block(32, 64), head)
         # "micro": each image counts the same. By default each class does.
         metrics = (MulticlassAccuracy(len(classes), average="micro") for _ in range(3))
         self.train_accuracy, self.val_accuracy, self.test_accuracy = metrics

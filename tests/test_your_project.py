@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from torchmetrics.functional.classification import multiclass_f1_score
 from torchvision.datasets import MNIST
+from torchvision.models import ResNet18_Weights
 from torchvision.utils import save_image
 
 from common.data import MEAN, STD, MNISTDataModule
@@ -197,17 +198,18 @@ def test_worker_processes_of_any_system_can_read_the_images(folder: Path, monkey
 
 def test_training_images_alone_are_changed_at_random(folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(folder)
-    from starter import AUGMENTED, WHOLE, ImageData
+    from starter import AUGMENTED, PLAIN, ImageData
 
     data = ImageData(folder / "data")
     assert data.train_set.transform is AUGMENTED
-    assert data.val_set.transform is data.test_set.transform is WHOLE
+    assert data.val_set.transform is data.test_set.transform is PLAIN
     assert not torch.equal(data.train_set[0][0], data.train_set[0][0])
     assert torch.equal(data.val_set[0][0], data.val_set[0][0])
 
 
 def test_every_block_has_its_test():
     tested = {
+        "Start with one file",
         "Use what it has learned",
         "A table",
         "Images that fit into memory",
@@ -219,6 +221,19 @@ def test_every_block_has_its_test():
     }
     assert BLOCKS.keys() == tested
     assert PAGE.count("```python") == len(tested)
+
+
+def test_images_are_split(run_block: Callable, folder: Path):
+    for split in ("train", "val", "test"):
+        for path in (folder / "data" / split).glob("*/*"):
+            copy = folder / "images" / path.parent.name / f"{split}-{path.name}"
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(path.read_bytes())
+    run_block("Start with one file", ('"data"', '"split"'))
+    counts = {name: len(list((folder / "split" / name).glob("*/*"))) for name in ("train", "val", "test")}
+    assert counts == {"train": 114, "val": 15, "test": 15}  # of 144
+    copied = {path.read_bytes() for path in (folder / "split").glob("*/*/*")}
+    assert copied == {path.read_bytes() for path in (folder / "images").glob("*/*")}
 
 
 def test_prediction_has_names(run_block: Callable):
@@ -274,13 +289,20 @@ def test_backbone_is_frozen_then_trained(run_block: Callable, monkeypatch: pytes
     monkeypatch.setattr(pl.Trainer, "fit", fit_and_keep)
     # The tests need no network, and few epochs.
     changes = ('weights="DEFAULT"', "weights=None"), ("max_epochs=3", "max_epochs=1"), ("max_epochs=10", "max_epochs=1")
-    run_block("A pretrained backbone", *changes)
+    names, _ = run_block("A pretrained backbone", *changes)
+    stored = torch.load(names["best"].best_model_path, weights_only=True)["hyper_parameters"]
+    assert stored == {"classes": ["one", "seven", "zero"], "learning_rate": 1e-4, "weights": None}
 
     def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
         return {name for name in before if not torch.equal(before[name], after[name])}
 
     assert changed(*kept[:2]) == {"model.fc.weight", "model.fc.bias"}  # nor the batch norms' running means
     assert {"model.conv1.weight", "model.bn1.running_mean", "model.fc.weight"} <= changed(*kept[2:])
+    # What the page says of the weights.
+    weights, starter = ResNet18_Weights.DEFAULT, sys.modules["starter"]
+    assert (weights.transforms().mean, weights.transforms().std) == (starter.MEAN, starter.STD)
+    assert f"`SIZE = {weights.transforms().crop_size[0]}`" in PAGE
+    assert f"downloads {weights.meta['_file_size']:.0f} MB" in PAGE
 
 
 def test_each_validation_set_has_its_metric(run_block: Callable):
@@ -335,7 +357,10 @@ def test_checks_pass_where_all_is_right(run_block: Callable, folder: Path):
     names, printed = run_block("When it does not learn")
     assert names["before"]["loss/val"] == pytest.approx(math.log(3), abs=0.2)
     assert names["trainer"].callback_metrics["loss/train"] < 0.3
-    assert "in two folders: 0" in printed
+    shown = re.search(r"```text\n(inputs from .+?)```", PAGE, re.DOTALL)[1]
+    for line, ours in zip(shown.splitlines(), printed.splitlines()[-5:], strict=True):
+        assert set(re.findall(r"[a-z]+ ", line)) == set(re.findall(r"[a-z]+ ", ours))
+    assert printed.splitlines()[-1] == shown.splitlines()[-1] == "in two folders: 0"
     assert (folder / "batch.png").exists()
 
 
