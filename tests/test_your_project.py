@@ -1,0 +1,629 @@
+"""docs/starter.py and docs/your_project.md: a reader follows them in a folder of his own, and makes the mistakes there.
+
+The digits 0, 1 and 7 of MNIST are his images, as PNG files, and the table is made here.
+"""
+
+import math
+import pickle
+import re
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from pytorch_lightning.callbacks import EarlyStopping, LearningRateMonitor
+from pytorch_lightning.loggers import CSVLogger
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+from torchmetrics.functional.classification import multiclass_f1_score
+from torchvision.datasets import MNIST
+from torchvision.models import ResNet18_Weights
+from torchvision.transforms import v2
+from torchvision.utils import save_image
+
+from common.data import MEAN, STD, MNISTDataModule
+from common.model import MLP
+from tests.conftest import DATA, ROOT, assert_one_line_error, read_events
+
+STARTER = ROOT / "docs/starter.py"
+PAGE = (ROOT / "docs/your_project.md").read_text()
+# Each Python block of the page by the heading above it.
+BLOCKS = {
+    re.findall(r"^##+ (.+)$", PAGE[: match.start()], re.MULTILINE)[-1]: match[1]
+    for match in re.finditer(r"^```python\n(.+?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+}
+QUIET = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+CHECKPOINTS = Path("lightning_logs/version_0/checkpoints")
+
+
+# The reader's folder
+
+
+def write_images(folder: Path) -> None:
+    mnist = MNIST(DATA)
+    for digit, name in ((0, "zero"), (1, "one"), (7, "seven")):
+        indices = iter((mnist.targets == digit).nonzero().flatten().tolist())
+        for split, count in {"train": 24, "val": 12, "test": 12, "night": 6}.items():
+            (folder / split / name).mkdir(parents=True)
+            for number in range(count):
+                mnist[next(indices)][0].save(folder / split / name / f"{number}.png")
+
+
+def write_photographs(folder: Path) -> None:
+    """Smooth color with noise, as large and as slow to decode as a small photograph."""
+    draw = torch.Generator().manual_seed(0)
+    for split in ("train", "val", "test"):
+        for name in ("left", "right"):
+            (folder / split / name).mkdir(parents=True)
+            for number in range(12 if split == "train" else 2):
+                smooth = F.interpolate(torch.rand(1, 3, 12, 16, generator=draw), size=(480, 640), mode="bicubic")[0]
+                image = smooth + 0.05 * torch.randn(3, 480, 640, generator=draw)
+                save_image(image.clamp(0, 1), folder / split / name / f"{number}.jpg")
+
+
+def write_table(path: Path) -> None:
+    draw = np.random.default_rng(0)
+    area, rooms, age = draw.uniform(30, 200, 600), draw.integers(1, 8, 600), draw.uniform(0, 90, 600)
+    price = 2500 * area + 8000 * rooms - 900 * age + draw.normal(0, 10_000, 600)
+    table = np.column_stack([area, rooms, age, price])
+    np.savetxt(path, table, delimiter=",", fmt="%.0f", header="area,rooms,age,price", comments="")
+
+
+def python(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    words = [sys.executable, *arguments]
+    return subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=600, check=False)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Has the file, the images and the table, and what the page's first command has left."""
+    folder = tmp_path_factory.mktemp("project")
+    (folder / "starter.py").write_bytes(STARTER.read_bytes())
+    write_images(folder / "data")
+    write_table(folder / "houses.csv")
+    result = python(folder, "starter.py", "--data_dir", "data", "--max_epochs", "2")
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+@pytest.fixture
+def run_block(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> Callable[..., tuple[dict, str]]:
+    """Runs the block under a heading in the reader's folder, and returns its names and what it has printed."""
+
+    def run(heading: str, *changes: tuple[str, str]) -> tuple[dict, str]:
+        monkeypatch.chdir(folder)
+        monkeypatch.syspath_prepend(folder)
+        code = BLOCKS[heading]
+        for old, new in changes:
+            assert old in code
+            code = code.replace(old, new)
+        names = {"__name__": "__main__"}
+        capsys.readouterr()
+        exec(compile(code, heading, "exec"), names)
+        return names, capsys.readouterr().out
+
+    return run
+
+
+# The file
+
+
+def saved(folder: Path, name: str) -> dict:
+    return torch.load(folder / CHECKPOINTS / name, weights_only=True)
+
+
+def test_starter_is_short_and_stands_alone():
+    code = [line for line in STARTER.read_text().splitlines() if line.strip()]
+    assert 60 <= len(code) <= 90
+    assert not any("common" in line for line in code)
+
+
+def test_starter_keeps_the_best_epoch_and_the_newest_and_goes_on_from_it(folder: Path):
+    assert {path.name for path in (folder / CHECKPOINTS).iterdir()} == {"best.ckpt", "newest.ckpt"}
+    assert saved(folder, "newest.ckpt")["epoch"] == 1
+    before = saved(folder, "best.ckpt")
+    options = ("--max_epochs", "3", "--ckpt_path", str(CHECKPOINTS / "newest.ckpt"))
+    result = python(folder, "starter.py", *options)
+    assert result.returncode == 0, result.stderr
+    assert "accuracy/test" in result.stdout
+    assert [path.name for path in (folder / "lightning_logs").iterdir()] == ["version_0"]
+    assert {path.name for path in (folder / CHECKPOINTS).iterdir()} == {"best.ckpt", "newest.ckpt"}
+    assert saved(folder, "newest.ckpt")["epoch"] == 2
+    # One curve of all three epochs, whose highest point is the best checkpoint, whichever of the two runs saved it.
+    curve = [event.value for event in read_events(folder / "lightning_logs/version_0").Scalars("accuracy/val")]
+    assert len(curve) == 3
+    best = saved(folder, "best.ckpt")
+    assert best["epoch"] == curve.index(max(curve))
+    assert before["epoch"] == curve.index(max(curve[:2]))
+    assert best["hyper_parameters"]["classes"] == ["one", "seven", "zero"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--data_dir", "nowhere"], ["No such file or directory", "nowhere"]),
+        (["--data_dir", "data/val"], ["No such file or directory", "train"]),
+        (["--data_dir", "incomplete"], ["val has ['one'], train has ['one', 'seven', 'zero']"]),
+        (["--ckpt_path", "nothing.ckpt"], ["No such file or directory", "nothing.ckpt"]),
+        (["--max_epochs", "ten"], ["invalid int value: 'ten'"]),
+    ],
+)
+def test_starter_says_in_one_line_what_is_wrong(
+    options: list[str],
+    words: list[str],
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+):
+    if not (folder / "incomplete").exists():
+        (folder / "incomplete/val/one").mkdir(parents=True)
+        (folder / "incomplete/val/one/0.png").write_bytes((folder / "data/val/one/0.png").read_bytes())
+        for split in ("train", "test"):
+            (folder / "incomplete" / split).symlink_to(folder / "data" / split)
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["starter.py", *options])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path("starter.py", run_name="__main__")
+    assert_one_line_error(subprocess.CompletedProcess(options, ended.value.code, *capsys.readouterr()), *words)
+
+
+def test_worker_processes_of_any_system_can_read_the_images(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """Windows and Mac pickle the dataset for them."""
+    monkeypatch.syspath_prepend(folder)
+    import starter
+
+    data = starter.ImageData(folder / "data")
+    image, label = pickle.loads(pickle.dumps(data.val_set))[0]
+    assert torch.equal(image, data.val_set[0][0])
+    assert label == 0
+    assert image.shape == (3, starter.SIZE, starter.SIZE)
+
+
+# The page's blocks
+
+
+def test_training_images_alone_are_changed_at_random(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(folder)
+    from starter import AUGMENTED, PLAIN, ImageData
+
+    data = ImageData(folder / "data")
+    assert data.train_set.transform is AUGMENTED
+    assert data.val_set.transform is data.test_set.transform is PLAIN
+    assert not torch.equal(data.train_set[0][0], data.train_set[0][0])
+    assert torch.equal(data.val_set[0][0], data.val_set[0][0])
+
+
+def test_every_block_has_its_test():
+    tested = {
+        "Start with one file",
+        "Use what it has learned",
+        "A table",
+        "Images that fit into memory",
+        "A pretrained backbone",
+        "Several validation sets",
+        "More data than memory",
+        "A test of your module",
+        "When it does not learn",
+    }
+    assert BLOCKS.keys() == tested
+    assert PAGE.count("```python") == len(tested)
+
+
+def test_images_are_split(run_block: Callable, folder: Path):
+    for split in ("train", "val", "test"):
+        for path in (folder / "data" / split).glob("*/*"):
+            copy = folder / "images" / path.parent.name / f"{split}-{path.name}"
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(path.read_bytes())
+    run_block("Start with one file", ('"data"', '"split"'))
+    counts = {name: len(list((folder / "split" / name).glob("*/*"))) for name in ("train", "val", "test")}
+    assert counts == {"train": 114, "val": 15, "test": 15}  # of 144
+    copied = {path.read_bytes() for path in (folder / "split").glob("*/*/*")}
+    assert copied == {path.read_bytes() for path in (folder / "images").glob("*/*")}
+
+
+def test_prediction_has_names(run_block: Callable):
+    names, printed = run_block("Use what it has learned")
+    assert len(names["probabilities"]) == 36
+    assert torch.allclose(names["probabilities"].sum(dim=1), torch.ones(36))
+    assert re.search(r"0\.png (zero|one|seven) \d+%", printed)
+
+
+def test_table_is_learned_in_its_own_units(run_block: Callable, folder: Path):
+    names, printed = run_block("A table")
+    assert names["test"]["r2/test"] > 0.8
+    rows = np.loadtxt(folder / "houses.csv", delimiter=",", skiprows=1)
+    train = torch.column_stack(names["data"].train_set.tensors)
+    assert len(train) == 0.8 * len(rows)
+    assert names["regressor"].hparams.mean == pytest.approx(train.mean(dim=0).tolist())
+    always_the_mean = np.abs(rows[:, -1] - rows[:, -1].mean()).mean()
+    assert names["test"]["mae/test"] < 0.5 * always_the_mean
+    # 2500 × 120 + 8000 × 4 - 900 × 30
+    assert float(re.search(r"\[(\d+)", printed)[1]) == pytest.approx(305_000, rel=0.3)
+
+
+def without_numbers(text: str) -> str:
+    return re.sub(r"[\d,]+", "", text)
+
+
+def test_images_in_memory_are_the_same(run_block: Callable, folder: Path):
+    """The page shows what the block has printed for the digits and for photographs; its words, as times differ."""
+    names, printed = run_block("Images that fit into memory")
+    write_photographs(folder / "photographs")
+    printed += run_block("Images that fit into memory", ('"data"', '"photographs"'))[1]
+    shown = re.search(r"```text\n(files .+?)```", PAGE, re.DOTALL)[1]
+    assert without_numbers(printed) == without_numbers(shown)
+    memory, files = names["ImagesInMemory"]("data"), names["ImageData"]("data", num_workers=0)
+    for ours, usual in zip(memory.val_dataloader(), files.val_dataloader(), strict=True):
+        assert torch.equal(ours[0], usual[0])
+        assert torch.equal(ours[1], usual[1])
+    pl.Trainer(fast_dev_run=True, **QUIET).fit(sys.modules["starter"].ImageClassifier(["one", "seven", "zero"]), memory)
+
+
+def test_torchvision_mirrors_a_whole_batch_or_none_of_it():
+    images, flip = torch.rand(8, 3, 16, 16), v2.RandomHorizontalFlip()
+    results = [flip(images) for _ in range(20)]
+    assert all(torch.equal(result, images) or torch.equal(result, images.flip(-1)) for result in results)
+    assert any(not torch.equal(result, images) for result in results)
+
+
+def test_backbone_is_frozen_then_trained(run_block: Callable, monkeypatch: pytest.MonkeyPatch):
+    kept = []
+    fit = pl.Trainer.fit
+
+    def fit_and_keep(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataModule) -> None:
+        kept.append({name: value.clone() for name, value in module.state_dict().items()})
+        fit(trainer, module, data)
+        kept.append({name: value.clone() for name, value in module.state_dict().items()})
+
+    monkeypatch.setattr(pl.Trainer, "fit", fit_and_keep)
+    # The tests need no network, and few epochs.
+    changes = ('weights="DEFAULT"', "weights=None"), ("max_epochs=3", "max_epochs=1"), ("max_epochs=10", "max_epochs=1")
+    names, _ = run_block("A pretrained backbone", *changes)
+    stored = torch.load(names["best"].best_model_path, weights_only=True)["hyper_parameters"]
+    assert stored == {"classes": ["one", "seven", "zero"], "learning_rate": 1e-4, "weights": None}
+
+    def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
+        return {name for name in before if not torch.equal(before[name], after[name])}
+
+    assert changed(*kept[:2]) == {"model.fc.weight", "model.fc.bias"}  # nor the batch norms' running means
+    assert {"model.conv1.weight", "model.bn1.running_mean", "model.fc.weight"} <= changed(*kept[2:])
+    # What the page says of the weights.
+    weights, starter = ResNet18_Weights.DEFAULT, sys.modules["starter"]
+    assert (weights.transforms().mean, weights.transforms().std) == (starter.MEAN, starter.STD)
+    assert f"`SIZE = {weights.transforms().crop_size[0]}`" in PAGE
+    assert f"downloads {weights.meta['_file_size']:.0f} MB" in PAGE
+
+
+def test_each_validation_set_has_its_metric(run_block: Callable):
+    names, _ = run_block("Several validation sets")
+    trainer = names["trainer"]
+    assert trainer.checkpoint_callback.best_model_score == trainer.callback_metrics["accuracy/val"]
+    [val, night] = trainer.validate(datamodule=names["data"], verbose=False)
+    loader = names["data"].val_dataloader()[1]
+    with torch.no_grad():
+        right = [trainer.lightning_module.cpu().eval()(x).argmax(dim=1) == y for x, y in loader]
+    assert night["accuracy/night"] == pytest.approx(torch.cat(right).float().mean().item())
+    assert "accuracy/val" in val
+    assert "dataloader_idx" not in str(trainer.callback_metrics.keys())
+
+
+def test_mapped_file_is_read_by_started_worker_processes(folder: Path):
+    """As on Windows and Mac, where they are not forks."""
+    spawn = 'import multiprocessing\n\nif __name__ == "__main__":\n    multiprocessing.set_start_method("spawn")\n'
+    one_worker = BLOCKS["More data than memory"].replace("num_workers=2", "num_workers=1")
+    (folder / "mapped.py").write_text(spawn + one_worker)
+    result = python(folder, "mapped.py")
+    assert result.returncode == 0, result.stderr
+    written = np.load(folder / "train.npy", mmap_mode="r")
+    assert written.shape == (72, 3, 64, 64)
+    assert len(np.unique(written[:, 0].reshape(72, -1), axis=0)) == 72  # each image is there
+    assert len(pickle.dumps(written)) > written.nbytes  # why the block opens the file in __getitems__
+
+
+def test_tests_of_the_module_pass(folder: Path):
+    (folder / "test_starter.py").write_text(BLOCKS["A test of your module"])
+    result = python(folder, "-m", "pytest")
+    assert result.returncode == 0, result.stdout
+    assert "4 passed" in result.stdout
+
+
+def test_tests_of_the_module_find_mistakes(folder: Path, tmp_path: Path):
+    code = STARTER.read_text()
+    for old, new in (
+        ("self.save_hyperparameters()", "self.hparams.learning_rate = learning_rate"),
+        ("cross_entropy(logits,", "cross_entropy(logits.softmax(dim=1),"),
+        ('self._step(batch, "test", self.test_accuracy)', 'self._step(batch, "test")'),
+    ):
+        assert old in code
+        code = code.replace(old, new)
+    (tmp_path / "starter.py").write_text(code)
+    (tmp_path / "test_starter.py").write_text(BLOCKS["A test of your module"])
+    result = python(tmp_path, "-m", "pytest")
+    assert "3 failed, 1 passed" in result.stdout
+
+
+def test_checks_pass_where_all_is_right(run_block: Callable, folder: Path):
+    names, printed = run_block("When it does not learn")
+    assert names["before"]["loss/val"] == pytest.approx(math.log(3), abs=0.2)
+    assert names["trainer"].callback_metrics["loss/train"] < 0.3
+    shown = re.search(r"```text\n(inputs from .+?)```", PAGE, re.DOTALL)[1]
+    for line, ours in zip(shown.splitlines(), printed.splitlines()[-5:], strict=True):
+        assert set(re.findall(r"[a-z]+ ", line)) == set(re.findall(r"[a-z]+ ", ours))
+    assert printed.splitlines()[-1] == shown.splitlines()[-1] == "in two folders: 0"
+    assert (folder / "batch.png").exists()
+
+
+def test_slurm_and_the_trainer_must_agree(monkeypatch: pytest.MonkeyPatch):
+    [job] = re.findall(r"^#SBATCH --nodes=(\d) --ntasks-per-node=(\d) .+$", PAGE, re.MULTILINE)
+    assert f"num_nodes={job[0]}, devices={job[1]}" in PAGE
+    variables = {"NTASKS": 8, "NTASKS_PER_NODE": job[1], "NNODES": job[0], "PROCID": 0, "LOCALID": 0, "NODEID": 0}
+    for name, value in variables.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    assert pl.Trainer(num_nodes=2, devices=4, strategy="ddp", **QUIET).world_size == 8
+    for wrong in ({"num_nodes": 2, "devices": 1}, {"num_nodes": 1, "devices": 4}):
+        with pytest.raises(ValueError, match="does not match"):
+            pl.Trainer(**wrong, strategy="ddp", **QUIET).fit(Digits(), [])
+
+
+def test_early_stopping_ends_a_training_whose_loss_is_not_a_number(digits: dict):
+    """What the page names in the place of FiniteLossCallback."""
+
+    class Wrong(Digits):
+        def loss(self, logits: Tensor, y: Tensor) -> Tensor:
+            return super().loss(logits, y) * float("nan")
+
+    module, stopping = Wrong(), EarlyStopping("loss/val")
+    fit(module, digits["train"], digits["val"], 3, callbacks=[stopping])
+    assert module.trainer.current_epoch == 1
+    assert "not finite" in stopping.stopping_reason_message
+
+
+# The mistakes
+
+
+class Digits(pl.LightningModule):
+    """All is right here, on MNIST. Each mistake changes one thing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = MLP([64], "relu")
+        self.train_accuracy, self.val_accuracy = (MulticlassAccuracy(10, average="micro") for _ in range(2))
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return self._step(batch, "train", self.train_accuracy)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._step(batch, "val", self.val_accuracy)
+
+    def _step(self, batch: tuple[Tensor, Tensor], stage: str, accuracy: MulticlassAccuracy) -> Tensor:
+        images, y = batch
+        logits = self.model(images)
+        loss = self.loss(logits, y)
+        accuracy(logits, y)
+        self.log(f"loss/{stage}", loss, on_step=False, on_epoch=True)
+        self.log(f"accuracy/{stage}", accuracy, on_step=False, on_epoch=True)
+        return loss
+
+    def loss(self, logits: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(logits, y)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=1e-2)
+
+
+@pytest.fixture(scope="module")
+def digits() -> dict[str, tuple[Tensor, Tensor]]:
+    """1,000 images each."""
+    data = MNISTDataModule(DATA)
+    data.setup("fit")
+    data.setup("test")
+    sets = {"train": data.train_set, "val": data.val_set, "test": data.test_set}
+    return {name: (images.images[:1000], images.labels[:1000]) for name, images in sets.items()}
+
+
+def loader(images_and_labels: tuple[Tensor, Tensor], batch_size: int, shuffle: bool = False) -> DataLoader:
+    return DataLoader(TensorDataset(*images_and_labels), batch_size=batch_size, shuffle=shuffle)
+
+
+def fit(module: pl.LightningModule, train: tuple, val: tuple, max_epochs: int, **options) -> dict[str, float]:
+    trainer = pl.Trainer(max_epochs=max_epochs, **QUIET | options)
+    trainer.fit(module, loader(train, batch_size=100, shuffle=True), loader(val, batch_size=500))
+    return {name: value.item() for name, value in trainer.callback_metrics.items()}
+
+
+def first_loss(module: pl.LightningModule, val: tuple[Tensor, Tensor]) -> float:
+    """The second check of the page."""
+    [metrics] = pl.Trainer(**QUIET).validate(module, loader(val, batch_size=500), verbose=False)
+    return metrics["loss/val"]
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    pl.seed_everything(1)
+
+
+def test_softmax_before_cross_entropy(digits: dict):
+    class Wrong(Digits):
+        def loss(self, logits: Tensor, y: Tensor) -> Tensor:
+            return F.cross_entropy(logits.softmax(dim=1), y)
+
+    floor = math.log(1 + 9 / math.e)
+    assert f"ln(1 + 9/e) = {floor:.2f}" in PAGE
+    right, wrong = (
+        fit(module, digits["train"], digits["val"], 40, overfit_batches=1) for module in (Digits(), Wrong())
+    )
+    assert right["loss/train"] < 0.1 < floor < wrong["loss/train"] < floor + 0.3
+    assert wrong["accuracy/train"] > 0.7
+    # Not even the most certain logits are better.
+    assert Wrong().loss(1e6 * torch.eye(10), torch.arange(10)).item() == pytest.approx(floor)
+
+
+def test_softmax_over_the_batch(digits: dict):
+    class Wrong(Digits):
+        def loss(self, logits: Tensor, y: Tensor) -> Tensor:
+            return F.nll_loss(logits.log_softmax(dim=0), y)
+
+    assert first_loss(Digits(), digits["val"]) == pytest.approx(math.log(10), abs=0.3)
+    assert first_loss(Wrong(), digits["val"]) == pytest.approx(math.log(500), abs=0.3)  # batches of 500
+    right = fit(Digits(), digits["train"], digits["val"], 5)
+    wrong = fit(Wrong(), digits["train"], digits["val"], 5)
+    assert wrong["accuracy/val"] < right["accuracy/val"] - 0.1
+    with torch.no_grad():
+        logits = Digits().model(digits["val"][0])
+    assert torch.allclose(logits.softmax(dim=1).sum(dim=1), torch.ones(1000))
+    assert (logits.softmax(dim=0).sum(dim=1) - 1).abs().min() > 0.5
+    assert torch.equal(logits[:1].softmax(dim=0), torch.ones(1, 10))
+
+
+def test_labels_that_do_not_belong_to_the_images(digits: dict):
+    images, y = digits["train"]
+    right = fit(Digits(), (images, y), digits["val"], 15)
+    wrong = fit(Digits(), (images, y[torch.randperm(len(y))]), digits["val"], 15)
+    assert right["accuracy/val"] > 0.8
+    assert wrong["accuracy/val"] < 0.25
+    assert wrong["loss/train"] > right["loss/train"] + 0.5
+    assert wrong["loss/train"] < math.log(10)  # it falls all the same
+    # By heart it is learned all the same.
+    by_heart = fit(Digits(), (images[:100], y[torch.randperm(100)]), digits["val"], 60, overfit_batches=1)
+    assert by_heart["loss/train"] < 0.1
+
+
+def test_inputs_that_are_not_normalized(digits: dict):
+    def as_bytes(images: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return (images * STD + MEAN) * 255, y
+
+    assert first_loss(Digits(), as_bytes(*digits["val"])) > 4 * math.log(10)
+    right = fit(Digits(), digits["train"], digits["val"], 5)
+    wrong = fit(Digits(), as_bytes(*digits["train"]), as_bytes(*digits["val"]), 5)
+    assert wrong["accuracy/val"] < right["accuracy/val"] - 0.1
+    only_in_training = fit(Digits(), digits["train"], as_bytes(*digits["val"]), 5)
+    assert only_in_training["loss/val"] > 4 * right["loss/val"]
+    assert only_in_training["loss/train"] < 0.5
+
+
+def test_eval_is_forgotten(digits: dict, folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.syspath_prepend(folder)
+    from starter import ImageClassifier
+
+    classifier = ImageClassifier.load_from_checkpoint(folder / CHECKPOINTS / "best.ckpt", weights_only=True).cpu()
+    assert classifier.training
+    images = digits["val"][0][:8].expand(-1, 3, -1, -1)
+    with torch.no_grad():
+        assert not torch.allclose(classifier(images[:1]), classifier(images)[:1], atol=0.05)
+        classifier.eval()
+        assert torch.allclose(classifier(images[:1]), classifier(images)[:1], atol=1e-4)
+        dropout = MLP([64], dropout=0.5)
+        assert not torch.allclose(dropout(images[:, :1]), dropout(images[:, :1]), atol=0.01)
+        assert torch.equal(dropout.eval()(images[:, :1]), dropout(images[:, :1]))
+
+
+def test_schedule_for_steps_goes_by_epochs(digits: dict, tmp_path: Path):
+    class Right(Digits):
+        def configure_optimizers(self) -> dict:
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+            steps = int(self.trainer.estimated_stepping_batches)
+            schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.5, total_steps=steps)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    class Wrong(Right):
+        def configure_optimizers(self) -> dict:
+            chosen = super().configure_optimizers()
+            return chosen | {"lr_scheduler": chosen["lr_scheduler"]["scheduler"]}
+
+    rates = []
+    for module in (Right(), Wrong()):
+        monitor = LearningRateMonitor(logging_interval="step")
+        options = {"callbacks": [monitor], "logger": CSVLogger(tmp_path), "log_every_n_steps": 1}
+        fit(module, digits["train"], digits["val"], 2, **options)
+        rates.append(monitor.lrs["lr-SGD"])
+    right, wrong = rates
+    assert max(right) == pytest.approx(0.5, rel=0.05)
+    assert right[-1] < 0.1 * right[0]
+    assert max(wrong) < 0.2 * max(right)
+    assert wrong[-1] >= wrong[0]
+
+
+class WithF1(Digits):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f1 = MulticlassF1Score(10, average="macro")
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self.f1(self.model(batch[0]), batch[1])
+        self.log("f1/val", self.f1)
+
+
+class MeanOverBatches(WithF1):
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self.log("f1/val", multiclass_f1_score(self.model(batch[0]), batch[1], 10, average="macro"))
+
+
+class LastBatch(WithF1):
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self.last = multiclass_f1_score(self.model(batch[0]), batch[1], 10, average="macro")
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("f1/val", self.last)
+
+
+def test_metric_depends_on_the_batches(digits: dict):
+    trained = WithF1()
+    fit(trained, digits["train"], digits["val"], 3)
+
+    def f1(module: type[WithF1], batch_size: int) -> float:
+        other = module()
+        other.load_state_dict(trained.state_dict())
+        [metrics] = pl.Trainer(**QUIET).validate(other, loader(digits["val"], batch_size), verbose=False)
+        return metrics["f1/val"]
+
+    assert f1(WithF1, 50) == pytest.approx(f1(WithF1, 1000), abs=1e-6)
+    assert abs(f1(MeanOverBatches, 50) - f1(MeanOverBatches, 1000)) > 0.005
+    assert abs(f1(LastBatch, 50) - f1(LastBatch, 1000)) > 0.001
+
+
+def test_same_images_in_training_and_validation(digits: dict, folder: Path, run_block: Callable):
+    few = tuple(values[:500] for values in digits["train"])
+    for val, leaks in ((digits["val"], False), (few, True)):
+        module = Digits()
+        metrics = fit(module, few, val, 15)
+        [test] = pl.Trainer(**QUIET).validate(module, loader(digits["test"], 500), verbose=False)
+        assert (metrics["accuracy/val"] > test["accuracy/val"] + 0.07) == leaks
+        assert (metrics["accuracy/val"] > 0.98) == leaks
+        common = {x.numpy().tobytes() for x in few[0]} & {x.numpy().tobytes() for x in val[0]}
+        assert bool(common) == leaks
+    # The page's check finds one file that is in two of its folders.
+    copy = folder / "data/val/zero/copy.png"
+    copy.write_bytes((folder / "data/train/zero/0.png").read_bytes())
+    assert "in two folders: 1" in run_block("When it does not learn", ("max_epochs=60", "max_epochs=1"))[1]
+    copy.unlink()
+
+
+def test_every_mistake_of_the_table_is_made_here():
+    made = [
+        test_softmax_before_cross_entropy,
+        test_softmax_over_the_batch,
+        test_labels_that_do_not_belong_to_the_images,
+        test_inputs_that_are_not_normalized,
+        test_eval_is_forgotten,
+        test_schedule_for_steps_goes_by_epochs,
+        test_metric_depends_on_the_batches,
+        test_same_images_in_training_and_validation,
+    ]
+    rows = re.search(r"\| mistake .+\n\| --- .+\n((?:\| .+\n)+)", PAGE)[1].splitlines()
+    assert len(rows) == len(made)
