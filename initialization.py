@@ -1,15 +1,16 @@
-"""Compares initialization schemes on a deep narrow MLP: what they do to signals, to gradients and to the training.
+"""Compares initialization schemes on a deep MLP: what they do to signals, to gradients and to the training.
 
 python initialization.py
 python initialization.py --depth 30 --learning_rate 0.002 --activations "[relu]"
 tensorboard --logdir logs/initialization
 
-Each layer multiplies the variance of the signal by about fan_in * Var(w) times what the activation lets through, and
-that of the gradient by about fan_out * Var(w) times the mean of the activation's squared slope. Where such a factor is
-clearly below 1, signal or gradient vanish with depth. Where it is clearly above 1, they explode, or tanh saturates.
+With weights w of mean zero, each layer multiplies the variance of the signal by about fan_in * Var(w) times what the
+activation lets through, and that of the gradient by about fan_out * Var(w) times the mean of the activation's squared
+slope. Where such a factor is clearly below 1, signal or gradient vanish with depth. Where it is clearly above 1, they
+explode; only the outputs of tanh cannot, as they saturate.
 
-Read `run_scheme` first: one training, with callbacks that measure it. Then `main`, which compares all of them.
-The schemes are in common/initializers.py, each with its source. docs/initialization.md explains the results.
+Read `run_scheme` first: one training, with callbacks that measure it. Then `main`, which compares all schemes.
+The schemes are in common/initializers.py. docs/initialization.md explains the results.
 """
 
 import logging
@@ -60,25 +61,25 @@ def run_scheme(
     # lsuv and the theory's prediction need it.
     images, _ = next(iter(data.train_dataloader()))
     initialize(model, scheme, images)
-    untrained = deepcopy(model)  # for the theory, which also needs a gradient that training measures
+    untrained = deepcopy(model)  # training changes `model`, and the theory wants the weights of step 0
 
     recorder, curve = ActivationHistogramCallback(every_n_steps=100), LossCurveCallback()
     trainer = pl.Trainer(
         accelerator="cpu",
         max_steps=steps,
         logger=TensorBoardLogger(folder, name=activation, version=scheme, default_hp_metric=False),
-        # The first two are for the accuracy and for TensorBoard. `recorder` keeps what each layer puts out and the
-        # gradient that comes back to it, `curve` keeps the losses.
+        # MetricsCallback gives the accuracy. `recorder` keeps what each layer puts out and the gradient that comes back
+        # to it, `curve` keeps the losses. All of them log for TensorBoard.
         callbacks=[MetricsCallback(), GradientHistogramCallback(every_n_steps=100), recorder, curve],
-        log_every_n_steps=1,  # each loss
+        log_every_n_steps=1,
         num_sanity_val_steps=0,
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=False,
     )
-    classifier = SGDClassifier(model, learning_rate, label_smoothing=0.0)
+    classifier = SGDClassifier(model, learning_rate, weight_decay=0.0, label_smoothing=0.0)
     trainer.fit(classifier, data)
-    # By hand, as fit validates at the end of an epoch and steps may be fewer.
+    # An epoch may have more steps than these, and fit validates at its end.
     [validation] = trainer.validate(classifier, data, verbose=False)
 
     preactivations = recorder.at_start("preactivation_std")
@@ -121,19 +122,21 @@ def main(
         batch_size: Images of a batch.
         seed: Seed of the initial weights and of the order of the images; every run sees the same batches.
         data_dir: Folder of the MNIST files.
-        log_dir: Logs, pictures and config.yaml, these options, go to its subfolder initialization/version_N.
+        log_dir: Logs, pictures and these options go to its subfolder initialization/version_N.
 
     Returns:
         What each run has measured.
     """
-    options = dict(locals())  # a copy, because locals() may change with the variables below
+    options = dict(locals())  # all of the above by their names, for config.yaml
     if not schemes or not activations:
         raise MisconfigurationException("there is nothing to compare: schemes or activations is empty")
     # Each Trainer would say which devices there are and why it has stopped.
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
-    torch.set_num_threads(1)  # in layers this narrow, threads mostly wait for each other
+    torch.set_num_threads(1)  # in layers this small, threads mostly wait for each other
 
-    data = MNISTDataModule(data_dir, batch_size, seed, augment=False)  # theory and training see the same images
+    data = MNISTDataModule(
+        data_dir, batch_size, seed, augment=False
+    )  # a Trainer would augment, but not the theory's batch
     data.prepare_data()  # by hand, as a batch is wanted before there is a Trainer
     data.setup("fit")
 
@@ -141,7 +144,6 @@ def main(
     folder = make_version(Path(log_dir, "initialization"))
     save_config(folder, options)
     results = []
-    # dict.fromkeys drops what is named twice.
     progress = tqdm(list(product(dict.fromkeys(activations), dict.fromkeys(schemes))), unit="run")
     try:
         for activation, scheme in progress:

@@ -1,4 +1,4 @@
-"""Trains, validates and tests an MLP on MNIST, with each facility of Lightning's Trainer one option away.
+"""Trains, validates and tests an MLP on MNIST, with the main facilities of Lightning's Trainer one option away.
 
 python main.py
 python main.py --help
@@ -6,7 +6,7 @@ python main.py --config logs/main/version_0/config.yaml    (the same run again)
 
 Read the body of `main` from top to bottom: data, model, Lightning module, folder and logger, callbacks, Trainer. The
 README explains them in this order. The parameters of `main` are the options of the command line, and its docstring is
-the help.
+the help. "Without ours" gives the line that one would write with Lightning alone.
 """
 
 from pathlib import Path
@@ -73,46 +73,50 @@ def main(
         strategy: How several devices work together.
         precision: Number format of the calculation; "mixed" keeps the weights in 32 bits.
         gradient_clip_val: Norm to which longer gradients are shortened.
-        accumulate_grad_batches: Batches whose gradients are added up for one step.
+        accumulate_grad_batches: Batches whose gradients are averaged for one step.
         fast_dev_run: Run this many batches of each stage, or true for one, without logs and checkpoints.
-        overfit_batches: Train on this many batches only, unaugmented, to see whether the model can memorize them.
+        overfit_batches: Train on this many batches only, unaugmented, to see whether the model can memorize them;
+            validation is as short.
         profiler: Report where the time goes.
         activation_histograms: Record what each layer puts out, and the gradients that come back to it.
         seed: Seed of the initial weights, the order of the images, augmentation and dropout.
         data_dir: Folder of the MNIST files.
         log_dir: Folder for logs and checkpoints.
-        ckpt_path: Checkpoint to go on from, or the word last: the last one of the newest run in log_dir.
+        ckpt_path: Checkpoint to go on from in a new folder, with the same max_epochs; or the word last, to go on with
+            the newest run of log_dir in its own folder, or to start one if there is none.
 
     Returns:
         Test accuracy of the checkpoint with the best validation accuracy, in [0, 1].
     """
     options = dict(locals())  # all of the above by their names, for config.yaml and for resuming
     pl.seed_everything(seed)
-    data = MNISTDataModule(data_dir, batch_size, seed, augment=augment and not overfit_batches)  # seeds its shuffling
+    data = MNISTDataModule(data_dir, batch_size, seed, augment=augment and not overfit_batches)
     model = MLP(hidden_sizes, activation, dropout)
     classifier = Classifier(model, learning_rate, weight_decay, label_smoothing)
-    # Ours: makes the folder logs/main/version_N with config.yaml, finds "last", refuses a checkpoint of other options.
-    # Lightning alone: nothing, as TensorBoardLogger(log_dir, name="main") numbers its folders by itself.
+    # Ours: makes the folder logs/main/version_N with config.yaml, finds the checkpoint of --ckpt_path last, and refuses
+    # one whose training had other options. Without ours: TensorBoardLogger(log_dir, name="main") numbers its folders.
     run = open_run(Path(log_dir, "main"), options)
-    # purge_step: in a resumed run, TensorBoard drops what was logged after the checkpoint, as it is done again.
+    # purge_step: in a resumed run, TensorBoard drops what was logged after the checkpoint, as that is done again.
     logger = TensorBoardLogger(log_dir, name="main", version=run.version, purge_step=run.step, default_hp_metric=False)
     best = ModelCheckpoint(monitor="accuracy/val", mode="max")  # keeps the epoch that is tested
     callbacks = [
-        # Ours: logs the accuracy/val that others monitor. Lightning alone: metrics as attributes of the module.
+        # Ours: logs the accuracy/val that EarlyStopping and `best` monitor. Without ours: metrics as attributes of the
+        # module, as in part 3 of the README.
         MetricsCallback(),
-        TestPicturesCallback(),  # confusion matrix and worst mistakes
-        GradientHistogramCallback(),
+        TestPicturesCallback(),  # ours: confusion matrix and worst mistakes
+        GradientHistogramCallback(),  # ours
         LearningRateMonitor(logging_interval="step"),
         EarlyStopping(monitor="accuracy/val", mode="max", patience=max_epochs if overfit_batches else patience),
-        # Ours: ends a run whose loss is NaN or infinite. Lightning alone: EarlyStopping("loss/val", check_finite=True).
+        # Ours: ends a run whose loss is NaN or infinite. Without ours: EarlyStopping("loss/val", patience=max_epochs).
         FiniteLossCallback(),
         best,
-        # Ours: saves last.ckpt each epoch, with the random state. By the path it checks that all processes resume.
-        # Lightning alone: ModelCheckpoint(filename="newest", enable_version_counter=False), without random state.
+        # Ours: saves last.ckpt each epoch, with the random state and the options that open_run compares. Without ours:
+        # ModelCheckpoint(filename="newest", enable_version_counter=False). Its save_last=True saves at a new best only.
         ResumeCheckpoint(options, best, run.ckpt_path),
         TQDMProgressBar(refresh_rate=20),
-        *([ActivationHistogramCallback()] if activation_histograms else []),
     ]
+    if activation_histograms:
+        callbacks.append(ActivationHistogramCallback())  # ours
     trainer = pl.Trainer(
         max_epochs=max_epochs,
         accelerator=accelerator,
@@ -128,12 +132,12 @@ def main(
         logger=logger,
         log_every_n_steps=20,
         callbacks=callbacks,
-        # Ours: a crash while saving leaves the old file whole. Lightning alone: no such line.
+        # Ours: a crash while saving leaves the old file whole. Without ours: no such line.
         plugins=[AtomicCheckpointIO()],
     )
     # weights_only is the name of torch.load's safe mode: optimizer, schedule and epoch are restored all the same.
     trainer.fit(classifier, data, ckpt_path=run.ckpt_path, weights_only=True)
-    # The best epoch; a fast_dev_run has saved none, and None tests the weights as they are.
+    # The best epoch, or after a fast_dev_run, which saves none, the weights as they are.
     [test] = trainer.test(classifier, data, ckpt_path=best.best_model_path or None, weights_only=True, verbose=False)
     print_summary(trainer, test["accuracy/test"], best.best_model_path)
     return test["accuracy/test"]

@@ -55,7 +55,7 @@ class ActivationHistogramCallback(pl.Callback):
         self.handles.clear()
 
     def on_exception(self, trainer, pl_module, exception: BaseException) -> None:
-        self.teardown(trainer, pl_module, "fit")  # Lightning calls it only after a fit that went well
+        self.teardown(trainer, pl_module, "fit")  # which Lightning calls only after a fit that went well
 
     def on_train_batch_start(self, trainer, pl_module, batch: Any, batch_idx: int) -> None:
         # With accumulated gradients several batches share a step; the first one stands for them.
@@ -66,7 +66,7 @@ class ActivationHistogramCallback(pl.Callback):
         self.recording = False
 
     def at_start(self, tag: str) -> list[Any]:
-        """Returns what was recorded first as `{tag}/{name}`, from the first layer to the last."""
+        """Returns the values `{tag}/{name}` of the first recorded step, from the first layer to the last."""
         values = [value for name, value in self.first.items() if name.startswith(f"{tag}/")]
         # A dict keeps the order of recording, and on the way back the last layer comes first.
         return values[::-1] if tag.startswith("backpropagated") else values
@@ -82,8 +82,7 @@ class ActivationHistogramCallback(pl.Callback):
     ) -> None:
         if self.recording:
             self._record(trainer, "preactivation", name, output, {})
-            # With precision 16-mixed gradients are those of the loss times a scale; without it many are too small for
-            # 16 bits.
+            # Precision 16-mixed multiplies the loss by a scale, and with it the gradients.
             scaler = getattr(trainer.precision_plugin, "scaler", None)
             scale = scaler.get_scale() if scaler else 1.0
             output.register_hook(

@@ -38,7 +38,7 @@ class MetricsCallback(pl.Callback):
             scores.to(trainer.strategy.root_device)
 
     def on_train_epoch_start(self, trainer, pl_module) -> None:
-        # Here and not at the epoch's end, which drops what the sanity check left behind.
+        # At an epoch's start, to drop what the sanity check left behind.
         self._scores(trainer).reset()
 
     def on_train_batch_end(

@@ -59,13 +59,13 @@ class Classifier(pl.LightningModule):
         images, y = batch
         y_pred = self(images)
         loss = F.cross_entropy(y_pred, y, label_smoothing=self.hparams.label_smoothing if stage == "train" else 0.0)
-        # batch_size is the weight of this batch in the mean of the epoch. A float, because Lightning averages the sum
-        # of the weights over processes, and rounds the average of integers down: 10,000 / 3 to 3,333.
+        # batch_size is the weight of this batch in the mean of the epoch. A float, because on several processes
+        # Lightning averages the sum of the weights, and rounds the average of integers down: 10,000 / 3 to 3,333.
         self.log(f"loss/{stage}", loss, on_step=False, on_epoch=True, batch_size=float(len(y)), sync_dist=True)
         return {"loss": loss, "y": y, "y_pred": y_pred.detach()}
 
     def configure_optimizers(self) -> dict[str, Any]:
-        # With mixed precision, Lightning neither clips a fused optimizer's gradients nor takes the loss scale off them.
+        # With mixed precision, Lightning cannot clip a fused optimizer's gradients, or log them without the loss's scale.
         fused = "mixed" not in self.trainer.precision
         optimizer = torch.optim.AdamW(
             self.parameters(), lr=self.hparams.learning_rate, weight_decay=self.hparams.weight_decay, fused=fused

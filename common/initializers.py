@@ -16,10 +16,10 @@ def zeros(linear: nn.Linear, activation: str, inputs: Tensor) -> None:
 
 
 def constant(linear: nn.Linear, activation: str, inputs: Tensor) -> None:
-    """All weights 1 / fan_in: every unit is the mean of its inputs, so signals keep their scale.
+    """All weights 1 / fan_in: every unit is the mean of its inputs.
 
-    At step 0 no gradient reaches the hidden layers: those at an image's logits add up to 0 (softmax), and equal weights
-    pass back only their sum.
+    At step 0 no gradient but rounding errors reaches the hidden layers: the gradients at an image's logits add up to 0
+    (softmax), and equal weights pass back only their sum.
     """
     nn.init.constant_(linear.weight, 1 / linear.in_features)
 
@@ -96,9 +96,9 @@ def initialize(model: MLP, scheme: str, images: Tensor) -> None:
     """Initializes the layers of `model` from first to last; all biases become 0, except with `pytorch_default`.
 
     Args:
-        model: every layer gets the gain of the activation before it. The first layer has none before it and gets the
-            gain all the same: one factor changes little (He et al. 2015, section 2.2).
-        scheme: a key of `INITIALIZATIONS`.
+        model: the MLP.
+        scheme: a key of `INITIALIZATIONS`. One with a gain gives it to the first layer too, which has no activation
+            before it: one factor changes little (He et al. 2015, section 2.2).
         images: a batch (batch, ...) that the layers pass on, for the schemes that look at their inputs.
 
     Raises:

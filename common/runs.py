@@ -18,7 +18,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from common.cli import save_config
 
 # Options that a resumed run may change. All others decide what a step computes, or how many steps there are.
-MAY_CHANGE = {"accelerator", "strategy", "patience", "profiler", "activation_histograms", "fast_dev_run"}
+MAY_CHANGE = {"accelerator", "strategy", "patience", "profiler", "activation_histograms"}
 MAY_CHANGE |= {"data_dir", "log_dir", "ckpt_path"}
 
 
@@ -47,9 +47,8 @@ def open_run(parent: Path, options: dict[str, Any]) -> Run:
         # A run that failed before its training has logged nothing.
         started = [number for number, path in versions(parent).items() if any(path.glob("events.*"))]
         version = max(started, default=None)
-        last = parent / f"version_{version}" / "checkpoints" / "last.ckpt"
-        # Without one, the newest run starts again in its folder; version_None is never there.
-        ckpt_path = str(last) if last.exists() else None
+        last = parent / f"version_{version}" / "checkpoints" / "last.ckpt"  # version_None is never there
+        ckpt_path = str(last) if last.exists() else None  # without one, the newest run starts again in its folder
     # The first process alone writes logs, tells the others where checkpoints go, and needs to have the file.
     if rank_zero_only.rank != 0:
         return Run(ckpt_path=ckpt_path)
@@ -62,8 +61,8 @@ def open_run(parent: Path, options: dict[str, Any]) -> Run:
         lock.acquire(timeout=0)
     except Timeout as error:
         raise MisconfigurationException(f"the run in {folder} has not ended yet") from error
-    if version is None:
-        save_config(folder, options)
+    if version is None or ckpt_path is None:
+        save_config(folder, options | {"ckpt_path": ckpt_path})
     return Run(int(folder.name.removeprefix("version_")), ckpt_path, step, lock)
 
 
@@ -111,7 +110,7 @@ def resumable_step(path: str, options: dict[str, Any]) -> int:
 
 
 def options_that_count(options: dict[str, Any]) -> dict[str, Any]:
-    """The options that must be the same in a resumed run. Of the devices, only the images of a step must be."""
+    """The options that must be the same in a resumed run. Devices may differ if a step has as many images."""
     kept = {name: value for name, value in options.items() if name not in MAY_CHANGE}
     if kept["devices"] != "auto":
         kept["batch_size * devices * num_nodes"] = kept.pop("batch_size") * kept.pop("devices") * kept.pop("num_nodes")
@@ -154,8 +153,8 @@ class ResumeCheckpoint(Checkpoint):
     Lightning saves weights, optimizer, schedule and progress, and the order of the images is a function of seed and
     epoch. Left is torch's random state, from which dropout and augmentation draw.
 
-    Lightning logs what an epoch of training has brought after it has called `on_train_epoch_end`. The file has the name
-    `next.ckpt` until then: a kill in between would leave a gap in the log that no resumed run fills.
+    Lightning logs an epoch of training after it has called `on_train_epoch_end`. Until it is in the log, the file has
+    the name `next.ckpt`: after a kill in between, a run that goes on from it would leave a gap in the log.
 
     Args:
         options: all options of `main.py`, which `open_run` compares with those of a run that goes on.
@@ -197,6 +196,8 @@ class ResumeCheckpoint(Checkpoint):
         saved, steps = checkpoint["lr_schedulers"][0]["total_steps"], trainer.estimated_stepping_batches
         if saved != steps:  # as with devices "auto" on another machine
             raise MisconfigurationException(f"the checkpoint's schedule has {saved} steps, and this run's has {steps}")
+        if stopping := trainer.early_stopping_callback:  # or it would go on with the patience of the checkpoint
+            checkpoint["callbacks"][stopping.state_key]["patience"] = stopping.patience
         relocate_best(checkpoint["callbacks"][self.best.state_key], self.best.dirpath, self.ckpt_path)
         # The first process alone is sure to see the files, and all must know of the same ones.
         checkpoint["callbacks"] = trainer.strategy.broadcast(checkpoint["callbacks"])
@@ -218,13 +219,13 @@ class ResumeCheckpoint(Checkpoint):
             trainer.save_checkpoint(Path(self.best.dirpath, "next.ckpt"))
             self.saved = True
 
-    def on_train_epoch_start(self, trainer, pl_module) -> None:
-        # The first hook after the epoch is in the log. A next.ckpt that a killed run has left is of no use.
+    def _rename(self, trainer, pl_module) -> None:
+        # A next.ckpt that a killed run has left is of no use.
         if self.saved and trainer.is_global_zero:
             Path(self.best.dirpath, "next.ckpt").replace(Path(self.best.dirpath, "last.ckpt"))
         self.saved = False
 
-    on_train_end = on_train_epoch_start  # after the last epoch
+    on_train_epoch_start = on_train_end = _rename  # the first hooks after the epoch is in the log
 
     def on_exception(self, trainer, pl_module, exception: BaseException) -> None:
         # Ctrl-C and SIGTERM; an error speaks for itself. Before `setup`, nobody knows the folder.
@@ -246,4 +247,4 @@ def relocate_best(state: dict[str, Any], dirpath: str, ckpt_path: str) -> None:
         kept = {path: state["best_model_score"]}
         state |= {"dirpath": dirpath, "best_model_path": path, "kth_best_model_path": path, "best_k_models": kept}
     else:
-        state.clear()  # gone: start without a best model
+        state.clear()  # gone: Lightning restores no empty state

@@ -21,7 +21,7 @@ from sqlalchemy import URL, make_url
 
 import sweep
 from common.cli import one_line_errors
-from common.study import counted_trials, open_study, run_worker, run_workers
+from common.study import counted_trials, open_study, run_worker, run_workers, storage_errors
 from tests.conftest import ROOT, assert_one_line_error
 from tests.test_runs import is_gone
 
@@ -139,7 +139,7 @@ def nap(trial: optuna.Trial) -> float:
 
 
 def work_as_a_program(*arguments: object) -> None:
-    with one_line_errors("worker"):
+    with one_line_errors("worker"), storage_errors():
         work(*arguments)
 
 
