@@ -65,7 +65,7 @@ class Classifier(pl.LightningModule):
         return {"loss": loss, "y": y, "y_pred": y_pred.detach()}
 
     def configure_optimizers(self) -> dict[str, Any]:
-        # With mixed precision, Lightning cannot clip a fused optimizer's gradients, or log them without the loss's scale.
+        # With mixed precision, Lightning cannot clip a fused optimizer's gradients, or take the loss's scale off them.
         fused = "mixed" not in self.trainer.precision
         optimizer = torch.optim.AdamW(
             self.parameters(), lr=self.hparams.learning_rate, weight_decay=self.hparams.weight_decay, fused=fused
