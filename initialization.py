@@ -134,9 +134,8 @@ def main(
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
     torch.set_num_threads(1)  # in layers this small, threads mostly wait for each other
 
-    data = MNISTDataModule(
-        data_dir, batch_size, seed, augment=False
-    )  # a Trainer would augment, but not the theory's batch
+    # Not augmented, as that happens in a Trainer and not for the theory's batch.
+    data = MNISTDataModule(data_dir, batch_size, seed, augment=False)
     data.prepare_data()  # by hand, as a batch is wanted before there is a Trainer
     data.setup("fit")
 

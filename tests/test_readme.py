@@ -35,7 +35,8 @@ BLOCKS = [
     for page, text in PAGES.items()
     for match in BLOCK.finditer(text)
 ]
-PYTHON = [block for block in BLOCKS if block["language"] == "python"]
+# tests/test_your_project.py runs those beside starter.py.
+PYTHON = [block for block in BLOCKS if block["language"] == "python" and block["mark"] != "beside starter.py"]
 COMMANDS = [line for block in BLOCKS if block["language"] == "sh" for line in block["text"].splitlines()]
 PROSE = {page: re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL) for page, text in PAGES.items()}
 INLINE = [words for text in PROSE.values() for words in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", text)]
@@ -55,6 +56,9 @@ LEFT_OUT = {
     "chromium": "needs a browser",
     "cp logs": "would replace the pictures by those of the small settings",
     "optuna-dashboard": "a server, which does not end",
+    "starter.py": "tests/test_your_project.py runs it beside a folder of images",
+    "docs/pictures.py": "needs the logs of whole runs",
+    "from tests.benchmark": "takes a minute",
     "torchrun": "needs four GPUs or several machines",
     "--accelerator gpu": "needs a GPU",
     "--storage postgresql": "tests/test_sweep.py starts a server and runs it",
