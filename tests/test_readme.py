@@ -155,7 +155,7 @@ def test_every_other_option_named_exists():
     named = {
         option
         for text in INLINE
-        if not text.startswith(("python", "tensorboard"))
+        if not text.startswith(("python", "tensorboard", "uv "))
         for option in re.findall(r"--\w+", text)
     }
     assert named <= set.union(*(options_of(script) for script in SMALL))
