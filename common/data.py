@@ -161,8 +161,8 @@ class MNISTDataModule(pl.LightningDataModule):
     def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
         """Augments a training batch as a whole, on its device; Lightning calls it for the batches of every stage."""
         images, labels = batch
-        augment = self.augment and self.trainer.training
-        return (random_affine(images, elastic=self.elastic), labels) if augment else batch
+        augmented = self.augment and self.trainer.training
+        return (random_affine(images, elastic=self.elastic), labels) if augmented else batch
 
     def train_dataloader(self) -> DataLoader:
         return self._loader(self.train_set, DistributedSampler, shuffle=True, seed=self.seed)
