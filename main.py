@@ -31,10 +31,12 @@ def main(
     hidden_sizes: list[PositiveInt] = [768, 384],  # noqa: B006 - never changed, and --help shows it
     activation: Literal["relu", "gelu", "silu", "tanh"] = "gelu",
     dropout: Fraction = 0.0,
+    batch_norm: bool = False,
     learning_rate: OpenUnitInterval = 4e-3,
     weight_decay: NonNegativeFloat = 0.05,
     label_smoothing: Fraction = 0.1,
     augment: bool = True,
+    elastic: NonNegativeFloat = 0.0,
     batch_size: PositiveInt = 512,
     max_epochs: PositiveInt = 10,
     patience: PositiveInt = 5,
@@ -60,10 +62,12 @@ def main(
         hidden_sizes: Units of each hidden layer.
         activation: Nonlinearity after each hidden layer.
         dropout: Fraction of hidden units that a training step drops.
+        batch_norm: Normalize the inputs of each activation over the batch.
         learning_rate: Peak of the one-cycle schedule.
         weight_decay: Decoupled weight decay of AdamW.
         label_smoothing: Fraction of the target that training spreads over all classes.
         augment: Rotate, stretch, shear and shift each training image a little.
+        elastic: Also bend each of them, by noise of so many pixels; for long runs, such as 0.5 in 100 epochs.
         batch_size: Images of a batch, on each device.
         max_epochs: Passes over the training images.
         patience: Epochs without a better validation accuracy after which to stop early; not with overfit_batches.
@@ -90,8 +94,8 @@ def main(
     """
     options = dict(locals())  # all of the above by their names, for config.yaml and for resuming
     pl.seed_everything(seed)
-    data = MNISTDataModule(data_dir, batch_size, seed, augment=augment and not overfit_batches)
-    model = MLP(hidden_sizes, activation, dropout)
+    data = MNISTDataModule(data_dir, batch_size, seed, augment and not overfit_batches, elastic)
+    model = MLP(hidden_sizes, activation, dropout, batch_norm)
     classifier = Classifier(model, learning_rate, weight_decay, label_smoothing)
     # Ours: makes the folder logs/main/version_N with config.yaml, finds the checkpoint of --ckpt_path last, and refuses
     # one whose training had other options. Without ours: TensorBoardLogger(log_dir, name="main") numbers its folders.

@@ -23,6 +23,8 @@ FILE_SIZES = {
     "t10k-images-idx3-ubyte": 16 + 10_000 * 28 * 28,
     "t10k-labels-idx1-ubyte": 8 + 10_000,
 }
+# Along each axis of an image, for elastic distortion.
+ELASTIC_NODES = 5
 
 
 def whole_files(raw: Path) -> set[str]:
@@ -53,8 +55,8 @@ class TensorBatches(Dataset):
         return self[torch.tensor(indices).to(self.labels.device, non_blocking=self.labels.is_cuda)]
 
 
-def random_affine(images: Tensor, distortion: float = 0.15, shift: float = 1.0) -> Tensor:
-    """Rotates, stretches, shears and shifts each image by random amounts of its own.
+def random_affine(images: Tensor, distortion: float = 0.15, shift: float = 1.0, elastic: float = 0.0) -> Tensor:
+    """Rotates, stretches, shears and shifts each image by random amounts of its own, and bends it if `elastic`.
 
     Where the result has a pixel at (x, y) from the center, the image is read at M (x, y) + s, interpolated between
     four pixels; beyond the edge it goes on as at the edge. M is the identity plus noise in each of its four entries:
@@ -64,6 +66,8 @@ def random_affine(images: Tensor, distortion: float = 0.15, shift: float = 1.0) 
         images: of any floating-point type, which the result has too.
         distortion: the noise of M is uniform in ±distortion; 0.15 can rotate by 9 degrees or stretch by 15 %.
         shift: s is uniform in ±shift pixels, in both directions.
+        elastic: standard deviation, in pixels, of noise that moves each node of a coarse grid, and what lies between
+            the nodes with them (elastic distortion, Simard et al. 2003).
 
     Shape:
         images (n, channels, size, size) → (n, channels, size, size)
@@ -78,6 +82,12 @@ def random_affine(images: Tensor, distortion: float = 0.15, shift: float = 1.0) 
     # M (x, y) + s by broadcasting, several times faster than the matrix products of F.affine_grid.
     by_x, by_y = matrix[..., None, None].unbind(2)  # the columns of M, each (n, 2, 1, 1)
     grid = by_x * x + (by_y * x.unsqueeze(1) + offset)  # (n, 2, size, size)
+    if elastic:
+        # Interpolation between the nodes as a matrix, once for each axis: several times faster than to interpolate the
+        # noise itself.
+        nodes = F.interpolate(torch.eye(ELASTIC_NODES, **like)[None], size, mode="linear", align_corners=True)[0]
+        noise = torch.randn(n, 2, ELASTIC_NODES, ELASTIC_NODES, **like) * elastic * 2 / (size - 1)
+        grid += nodes.T @ noise @ nodes
     # Clamping the grid is padding_mode="border", which Macs lack before PyTorch 2.13.
     grid = grid.clamp_(-1, 1).permute(0, 2, 3, 1)
     return F.grid_sample(images.to(grid.dtype), grid, align_corners=True).to(images.dtype)
@@ -91,12 +101,21 @@ class MNISTDataModule(pl.LightningDataModule):
         batch_size: images of a batch, on each process.
         seed: of the order of the training images, which is a function of this seed and the epoch alone.
         augment: training sees each image as `random_affine` transforms it anew, validation and test as it is.
+        elastic: the `elastic` of `random_affine`.
     """
 
-    def __init__(self, data_dir: str = DATA_DIR, batch_size: int = 512, seed: int = 42, augment: bool = True) -> None:
+    def __init__(
+        self,
+        data_dir: str = DATA_DIR,
+        batch_size: int = 512,
+        seed: int = 42,
+        augment: bool = True,
+        elastic: float = 0.0,
+    ) -> None:
         super().__init__()
         self.save_hyperparameters()  # into the logger's hyperparameters, beside those of the module
-        self.data_dir, self.batch_size, self.seed, self.augment = data_dir, batch_size, seed, augment
+        self.data_dir, self.batch_size, self.seed = data_dir, batch_size, seed
+        self.augment, self.elastic = augment, elastic
         self.train_set = self.val_set = self.test_set = None
 
     def prepare_data(self) -> None:
@@ -143,7 +162,8 @@ class MNISTDataModule(pl.LightningDataModule):
     def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
         """Augments a training batch as a whole, on its device; Lightning calls it for the batches of every stage."""
         images, labels = batch
-        return (random_affine(images), labels) if self.augment and self.trainer.training else batch
+        augmented = self.augment and self.trainer.training
+        return (random_affine(images, elastic=self.elastic), labels) if augmented else batch
 
     def train_dataloader(self) -> DataLoader:
         return self._loader(self.train_set, DistributedSampler, shuffle=True, seed=self.seed)

@@ -15,7 +15,7 @@ from torchvision.datasets import MNIST
 from torchvision.transforms import Compose, Normalize, ToTensor
 
 from common.classifier import Classifier
-from common.data import FILE_SIZES, MEAN, STD, MNISTDataModule, random_affine, whole_files
+from common.data import ELASTIC_NODES, FILE_SIZES, MEAN, STD, MNISTDataModule, random_affine, whole_files
 from common.model import MLP
 from tests.conftest import DATA
 from tests.test_classifier import QUIET
@@ -94,6 +94,25 @@ def test_augmentation_is_that_of_grid_sample_in_all_precisions(data: MNISTDataMo
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_elastic_distortion_is_coarse_noise_between_whose_nodes_is_interpolated(
+    data: MNISTDataModule, dtype: torch.dtype
+):
+    images = data.train_set.images[:512].to(dtype)
+    torch.manual_seed(0)
+    bent = random_affine(images, distortion=0, shift=0, elastic=1.5)
+
+    torch.manual_seed(0)
+    kind = torch.float64 if dtype == torch.float64 else torch.float32
+    for shape in ((512, 2, 2), (512, 2, 1, 1)):
+        torch.empty(shape, dtype=kind).uniform_(0, 0)  # the draws of distortion and shift
+    noise = 1.5 * torch.randn(512, 2, ELASTIC_NODES, ELASTIC_NODES, dtype=kind)  # in pixels
+    flow = F.interpolate(noise, 28, mode="bilinear", align_corners=True).permute(0, 2, 3, 1)
+    grid = F.affine_grid(torch.eye(2, 3, dtype=kind).repeat(512, 1, 1), list(images.shape), align_corners=True)
+    expected = F.grid_sample(images.to(kind), grid + flow / 13.5, padding_mode="border", align_corners=True)
+    torch.testing.assert_close(bent, expected.to(dtype), atol=1e-4 if kind == dtype else 1e-2, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_augmentation_of_no_strength_changes_nothing(data: MNISTDataModule, dtype: torch.dtype):
     images = data.train_set.images[:512].to(dtype)
     torch.testing.assert_close(random_affine(images, distortion=0, shift=0), images, atol=1e-4, rtol=0)
@@ -139,6 +158,20 @@ def test_training_alone_is_augmented(precision: str, augment: bool):
             assert torch.equal(labels, theirs)
             unchanged = (images == originals.to(dtype)).flatten(1).all(dim=1)
             assert not unchanged.any() if stage == "train" and augment else unchanged.all()
+
+
+def test_training_images_are_bent_as_far_as_the_data_module_was_told():
+    bent = {}
+    for elastic in (0.0, 1.0):
+        data, classifier = MNISTDataModule(DATA, elastic=elastic), Recorder()
+        trainer = pl.Trainer(max_steps=1, limit_val_batches=0, enable_checkpointing=False, **QUIET)
+        torch.manual_seed(0)
+        trainer.fit(classifier, data)
+        bent[elastic] = classifier.batches["train"][0][0]
+    torch.manual_seed(0)
+    originals = data.train_set.images[list(islice(data.train_dataloader().sampler, 512))]
+    assert torch.equal(bent[1.0], random_affine(originals, elastic=1.0))
+    assert not torch.equal(bent[0.0], bent[1.0])
 
 
 @pytest.fixture
