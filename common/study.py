@@ -226,6 +226,7 @@ def run_child(name: str, run: Callable[[], None]) -> None:
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
+    tqdm.set_lock(threading.RLock())  # its own lock is for several processes, and a kill would leave it in the system
     signal.signal(
         signal.SIGINT, signal.SIG_IGN
     )  # a terminal sends Ctrl-C to all processes, and the parent ends this one
@@ -257,9 +258,9 @@ def run_workers(
             process.start()
         signal.signal(signal.SIGINT, handler)
         runs[0](others=others)
-        if time.time() >= shared["deadline"]:
-            for process in others:
-                process.join()  # it has a trial to finish
+        for process in others:
+            # It has no trial left and ends, unless somebody has suspended it. After the deadline it may have one.
+            process.join(None if time.time() >= shared["deadline"] else 10)
     finally:
         signal.signal(signal.SIGINT, handler)
         for process in others:
