@@ -374,7 +374,7 @@ def test_checkpoints_of_other_programs_are_one_line_and_leave_nothing(call, tmp_
         torch.save({"hyper_parameters": hyper_parameters, "state_dict": {}}, tmp_path / f"{name}.ckpt")
     torch.save(torch.ones(3), tmp_path / "tensor.ckpt")
 
-    words = {"weights": "to use the weights: Classifier.load_from_checkpoint"}
+    words = {"weights": "Classifier.load_from_checkpoint"}
     before = sorted(tmp_path.rglob("*"))
     for path in sorted(tmp_path.glob("*.ckpt")):
         result = call(main, *SMALL, "--ckpt_path", path.name)
