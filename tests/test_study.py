@@ -21,7 +21,15 @@ from sqlalchemy import URL, make_url
 
 import sweep
 from common.cli import one_line_errors
-from common.study import counted_trials, open_study, run_worker, run_workers, storage_errors
+from common.study import (
+    counted_trials,
+    open_study,
+    run_worker,
+    run_workers,
+    storage_errors,
+    storage_url,
+    without_secrets,
+)
 from tests.conftest import ROOT, assert_one_line_error
 from tests.test_runs import is_gone
 
@@ -313,6 +321,11 @@ def test_no_error_shows_the_password(url: str, words: list[str], call):
     result = call(sweep.main, "--storage", url)
     assert_one_line_error(result, *words)
     assert "secret" not in result.stderr + result.stdout
+
+
+def test_config_has_no_password():
+    url = storage_url("postgresql+psycopg://me:secret@host:5433/a?password=secret")
+    assert without_secrets(url) == "postgresql+psycopg://me@host:5433/a"
 
 
 def test_rights_that_a_database_denies_are_one_line(server, postgresql: str, call):

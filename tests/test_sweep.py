@@ -97,6 +97,10 @@ def test_study_is_reproducible_continued_and_reported(script, tmp_path: Path):
     assert b"hidden_sizes" in hparams
     assert "seed: 7" in (folder / "config.yaml").read_text()
 
+    again = script("sweep.py", "--config", folder / "config.yaml")  # which finds the study complete
+    assert again.returncode == 0, again.stderr
+    assert len(load(sqlite(tmp_path)).trials) == 3
+
     command = shlex.split(re.search(r"full length: +python (.+)", second.stdout)[1])
     assert command[-2:] == ["--seed", "7"]  # what the study had otherwise than by default
     full = script(command[0], *command[1:], "--fast_dev_run")
