@@ -671,8 +671,10 @@ def test_loss_that_is_not_finite_on_one_process_ends_all(tmp_path: Path):
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
     errors = [line for line in result.stderr.splitlines() if "error:" in line]
+    # Each process says it, unless the other one has ended it before.
+    assert 1 <= len(errors) <= 2
     assert all("is nan after step 108; best checkpoint so far: logs/main/version_0" in error for error in errors)
-    assert sum("rank 1: " in error for error in errors) == len(errors) - 1
+    assert sum("rank 1: " in error for error in errors) <= 1
     saved = [torch.load(path) for path in last.parent.iterdir()]
     assert [checkpoint["global_step"] for checkpoint in saved] == [54, 54]
     assert all(weights.isfinite().all() for checkpoint in saved for weights in checkpoint["state_dict"].values())

@@ -215,6 +215,7 @@ def test_no_completed_trial_is_status_1_and_a_mistake_shows_its_traceback(
     assert result.returncode == "no trial was completed"  # which Python prints, and ends with status 1
     assert "trial 0 failed: loss/train is nan after step" in result.stdout
 
+    monkeypatch.setattr("sweep.BASELINE", BASELINE)
     monkeypatch.setattr("sweep.suggest_hyperparameters", lambda trial: {"wdith": trial.suggest_int("width", 1, 2)})
     with pytest.raises(KeyError, match="batch_size"):
         call(sweep, "--n_trials", 3, "--study_name", "mistaken", *SHORT)
