@@ -216,7 +216,7 @@ def test_no_completed_trial_is_status_1_and_a_mistake_shows_its_traceback(
     assert "trial 0 failed: loss/train is nan after step" in result.stdout
 
     monkeypatch.setattr("sweep.BASELINE", BASELINE)
-    monkeypatch.setattr("sweep.suggest_hyperparameters", lambda trial: {"wdith": trial.suggest_int("width", 1, 2)})
+    monkeypatch.setattr("sweep.suggest_hyperparameters", lambda trial: {"wdith": suggest_hyperparameters(trial)})
     with pytest.raises(KeyError, match="batch_size"):
         call(sweep, "--n_trials", 3, "--study_name", "mistaken", *SHORT)
     # Once it is mended, the study begins as it should have begun.
