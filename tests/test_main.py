@@ -39,6 +39,18 @@ def test_short_training_logs_what_the_readme_promises(script, tmp_path: Path):
     assert rates[0] < max(rates) > 10 * rates[-1]
 
 
+def test_tilde_is_expanded_where_a_shell_leaves_it(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mnist").symlink_to(DATA)
+    options = ("--max_epochs", 1, "--hidden_sizes", "[8]", "--data_dir=~/mnist", "--log_dir=~/runs")
+    result = call(main, *options)
+    assert result.returncode == 0, result.stderr
+    assert len(list(tmp_path.glob("runs/main/version_0/checkpoints/*.ckpt"))) == 2  # the best and the last
+    assert {path.name for path in tmp_path.iterdir()} == {"mnist", "runs"}
+    again = call(main, *options, "--ckpt_path=~/runs/main/version_0/checkpoints/last.ckpt")
+    assert again.returncode == 0, again.stderr
+
+
 def test_fast_dev_run_touches_every_stage_and_leaves_no_file(script, tmp_path: Path):
     result = script("main.py", "--fast_dev_run")
     assert result.returncode == 0, result.stderr
