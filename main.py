@@ -104,8 +104,7 @@ def main(
     logger = TensorBoardLogger(log_dir, name="main", version=run.version, purge_step=run.step, default_hp_metric=False)
     best = ModelCheckpoint(monitor="accuracy/val", mode="max")  # keeps the epoch that is tested
     callbacks = [
-        # Ours: logs the accuracy/val that EarlyStopping and `best` monitor. Without ours: metrics as attributes of the
-        # module, as in part 3 of the README.
+        # Ours: logs accuracy/val, which others monitor. Without ours: metrics in the module, see part 3 of the README.
         MetricsCallback(),
         TestPicturesCallback(),  # ours: confusion matrix and worst mistakes
         GradientHistogramCallback(),  # ours
@@ -119,8 +118,7 @@ def main(
         ResumeCheckpoint(options, best, run.ckpt_path),
         TQDMProgressBar(refresh_rate=20),
     ]
-    if activation_histograms:
-        callbacks.append(ActivationHistogramCallback())  # ours
+    callbacks += [ActivationHistogramCallback()] if activation_histograms else []  # ours
     trainer = pl.Trainer(
         max_epochs=max_epochs,
         accelerator=accelerator,
@@ -136,8 +134,7 @@ def main(
         logger=logger,
         log_every_n_steps=20,
         callbacks=callbacks,
-        # Ours: a crash while saving leaves the old file whole. Without ours: no such line.
-        plugins=[AtomicCheckpointIO()],
+        plugins=[AtomicCheckpointIO()],  # ours: a crash while saving leaves the old file whole; without ours: no line
     )
     # weights_only is the name of torch.load's safe mode: optimizer, schedule and epoch are restored all the same.
     trainer.fit(classifier, data, ckpt_path=run.ckpt_path, weights_only=True)
