@@ -81,7 +81,6 @@ def call(
 
     def run(main: Callable[..., object], *options: object, folder: Path = tmp_path) -> subprocess.CompletedProcess:
         monkeypatch.chdir(folder)
-        monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # pytest has one of its own
         capsys.readouterr()
         code = 0
         try:
