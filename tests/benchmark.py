@@ -3,10 +3,9 @@
 python -m tests.benchmark           (all of them, two hours on 2 cores)
 python -m tests.benchmark speed     (one of speed, time, seeds, long, accuracy, workers, search)
 
-Machines are noisy, so programs that are compared take turns, and what counts is the ratio of medians.
+Machines are noisy, so programs that are compared take turns. What counts is the ratio of medians, with its spread.
 """
 
-import json
 import logging
 import os
 import re
@@ -17,8 +16,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,9 @@ import optuna
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
+from optuna.trial import FrozenTrial, TrialState
+from optuna.visualization import matplotlib as plots
 from pytorch_lightning.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.loggers import TensorBoardLogger
 from sqlalchemy import URL
@@ -40,16 +43,17 @@ from common.callbacks import GradientHistogramCallback, MetricsCallback, TestPic
 from common.classifier import Classifier
 from common.data import DATA_DIR, MEAN, STD, TRAIN_SIZE, VAL_SIZE, MNISTDataModule, random_affine
 from common.model import MLP
-from common.study import run_trial
+from common.report import command_line, end_of_range
 from tests.conftest import ROOT, read_events
 
-PAGES = [ROOT / "README.md", ROOT / "docs/speed.md", ROOT / "docs/accuracy.md"]
+PAGES = [ROOT / "README.md", *(ROOT / f"docs/{name}.md" for name in ("speed", "accuracy", "tuning"))]
 BATCH_SIZE = 512
-WARM_UP = 5
+STEPS, WARM_UP = 108, 5
+OURS = "callbacks, logger and bar: `main.py`"
+AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 EPOCHS = 10
 SEEDS = range(1, 6)
-# Seeds whose trials are run once more without pruning and early stopping, which takes long.
-FULL_LENGTH = (1, 2)
+EPOCHS_OF_A_TRIAL = 5
 
 
 class UsualClassifier(Classifier):
@@ -108,13 +112,22 @@ def command(*arguments: str, **environment: str) -> float:
     return time.perf_counter() - start
 
 
-def alternate(rounds: int, programs: dict[str, Callable[[], float]]) -> dict[str, float]:
-    """Runs the programs in turns and returns the median of each."""
-    times = {name: [] for name in programs}
-    for _ in range(rounds):
-        for name, program in programs.items():
-            times[name].append(program())
-    return {name: statistics.median(values) for name, values in times.items()}
+def alternate(turns: int, programs: dict[str, Callable[[], float]], warm_up: int = 0) -> dict[str, list[float]]:
+    """Runs the programs in turns, each turn in the other direction, and returns the figures of each after `warm_up`.
+
+    So a machine that gets slower or faster meanwhile does so for all of them.
+    """
+    figures = {name: [] for name in programs}
+    for turn in range(warm_up + turns):
+        for name in list(programs)[:: 1 if turn % 2 else -1]:
+            figures[name].append(programs[name]())
+    return {name: values[warm_up:] for name, values in figures.items()}
+
+
+def ratio(figures: list[float], base: list[float]) -> str:
+    """The ratio of the medians, and in brackets between what the ratios of the middle half of the turns lie."""
+    low, _, high = statistics.quantiles([ours / theirs for ours, theirs in zip(figures, base, strict=True)], n=4)
+    return f"{statistics.median(figures) / statistics.median(base):.2f} ({low:.2f} to {high:.2f})"
 
 
 def publish(mark: str, header: str, rows: list[str]) -> None:
@@ -146,7 +159,9 @@ class StepTimer(pl.Callback):
         self.last = now
 
 
-def lightning_step(classifier: pl.LightningModule, data: pl.LightningDataModule, steps: int = 216, **options) -> float:
+def lightning_step(
+    classifier: pl.LightningModule, data: pl.LightningDataModule, steps: int = STEPS, **options
+) -> float:
     """Seconds of a step under Lightning's Trainer, without logger, bar and checkpoints unless `options` say so."""
     timer = StepTimer()
     quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
@@ -171,7 +186,7 @@ class BarebonesClassifier(Classifier):
 def barebones_step(data: MNISTDataModule) -> float:
     classifier = BarebonesClassifier(MLP())
     classifier.timer = StepTimer()
-    pl.Trainer(max_steps=216, accelerator="cpu", barebones=True).fit(classifier, data)
+    pl.Trainer(max_steps=STEPS, accelerator="cpu", barebones=True).fit(classifier, data)
     return classifier.timer.total / classifier.timer.steps
 
 
@@ -194,47 +209,56 @@ def our_step(data: MNISTDataModule) -> float:
 def bare_step(data: MNISTDataModule, augment: bool) -> float:
     """Seconds of a step of a loop in plain PyTorch over the same tensors."""
     images, labels = data.train_set.images, data.train_set.labels
-    model, steps, step = MLP(), 216, 0
+    model = MLP()
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.05, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=steps)
-    while step < steps:
-        for indices in torch.randperm(len(labels)).split(BATCH_SIZE):
-            batch = random_affine(images[indices]) if augment else images[indices]
-            loss = F.cross_entropy(model(batch), labels[indices], label_smoothing=0.1)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            step += 1
-            if step == WARM_UP:
-                start = time.perf_counter()
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=STEPS)
+    for step, indices in enumerate(torch.randperm(len(labels)).split(BATCH_SIZE), start=1):
+        batch = random_affine(images[indices]) if augment else images[indices]
+        loss = F.cross_entropy(model(batch), labels[indices], label_smoothing=0.1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step == WARM_UP:
+            start = time.perf_counter()
     return (time.perf_counter() - start) / (step - WARM_UP)
 
 
-def speed() -> None:
-    """A ladder from the usual example to `main.py`, one change at a time."""
+def step_times() -> dict[str, list[float]]:
+    """Seconds of a step in each turn, on a ladder from the usual example to `main.py`, one change at a time."""
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     plain, augmented = MNISTDataModule(augment=False), MNISTDataModule()
     for data in (plain, augmented):
         data.prepare_data()
         data.setup("fit")
-    ms = alternate(
-        3,
-        {
-            "usual example": lambda: lightning_step(UsualClassifier(), UsualDataModule(BATCH_SIZE), 30),
-            "usual example, 2 workers": lambda: lightning_step(UsualClassifier(), UsualDataModule(BATCH_SIZE, 2), 60),
-            "images as tensors, one index a batch": lambda: lightning_step(UnfusedClassifier(MLP()), plain),
-            "fused optimizer": lambda: lightning_step(Classifier(MLP()), plain),
-            "augmentation on the device": lambda: lightning_step(Classifier(MLP()), augmented),
-            "callbacks, logger and bar: `main.py`": lambda: our_step(augmented),
-            "Lightning with `barebones=True`, augmented": lambda: barebones_step(augmented),
-            "bare PyTorch loop, augmented": lambda: bare_step(augmented, augment=True),
-            "bare PyTorch loop, not augmented": lambda: bare_step(plain, augment=False),
-        },
-    )
-    ours = ms["callbacks, logger and bar: `main.py`"]
-    rows = [f"| {name} | {value * 1e3:.1f} ms | {value / ours:.2f} |" for name, value in ms.items()]
-    publish("speed", "| a step of 512 images | time | ratio |", rows)
+    programs = {
+        "usual example": lambda: lightning_step(UsualClassifier(), UsualDataModule(BATCH_SIZE), 30),
+        "usual example, 2 workers": lambda: lightning_step(UsualClassifier(), UsualDataModule(BATCH_SIZE, 2), 60),
+        "images as tensors, one index a batch": lambda: lightning_step(UnfusedClassifier(MLP()), plain),
+        "fused optimizer": lambda: lightning_step(Classifier(MLP()), plain),
+        "augmentation on the device": lambda: lightning_step(Classifier(MLP()), augmented),
+        OURS: lambda: our_step(augmented),
+        "Lightning with `barebones=True`, augmented": lambda: barebones_step(augmented),
+        "bare PyTorch loop, augmented": lambda: bare_step(augmented, augment=True),
+        "bare PyTorch loop, not augmented": lambda: bare_step(plain, augment=False),
+    }
+    return alternate(9, programs, warm_up=1)
+
+
+def speed() -> None:
+    """A step on this processor, and on the same one when the arithmetic may use only AVX2."""
+    columns = []
+    for variables in ({}, AVX2):
+        os.environ.update(variables)  # PyTorch reads them when it is imported, so each in a new process
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            columns.append(pool.submit(step_times).result())
+    rows = []
+    for name in columns[0]:
+        cells = [
+            f"{1e3 * statistics.median(times[name]):.1f} ms | {ratio(times[name], times[OURS])}" for times in columns
+        ]
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    publish("speed", "| a step of 512 images | AVX-512 | ratio | AVX2 | ratio |", rows)
 
 
 # Accuracy, and the time to it
@@ -292,11 +316,11 @@ def to_accuracy() -> None:
     publish("time", "| ten epochs | test accuracy | to 97.5 % | to 98 % | to 98.5 % | to 99 % |", rows)
 
 
-def run_main(*options: str) -> tuple[float, float]:
-    """Test accuracy and seconds of `main.py`."""
-    start = time.perf_counter()
-    words = [sys.executable, "main.py", "--log_dir", tempfile.mkdtemp(), *options]
-    printed = subprocess.run(words, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+def trained(*words: str, **environment: str) -> tuple[float, float]:
+    """Test accuracy in percent, which the Python command prints, and its seconds."""
+    start, environment = time.perf_counter(), os.environ | environment
+    command = [sys.executable, *words]
+    printed = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stdout
     return float(re.search(r"test accuracy +([\d.]+)%", printed)[1]), time.perf_counter() - start
 
 
@@ -305,7 +329,7 @@ def seeds() -> None:
     accuracies, remaining = [], iter(SEEDS)
 
     def ours() -> float:
-        accuracy, seconds = run_main("--seed", str(next(remaining)))
+        accuracy, seconds = trained("main.py", "--seed", str(next(remaining)), "--log_dir", tempfile.mkdtemp())
         accuracies.append(accuracy)
         return seconds
 
@@ -325,7 +349,7 @@ def seeds() -> None:
     reached = [f"{statistics.mean(accuracies):.2f} % ± {statistics.stdev(accuracies):.2f}", "", ""]
     base = next(iter(times.values()))
     rows = [
-        f"| {name} | {accuracy} | {seconds:.0f} s | {seconds / base:.2f} |"
+        f"| {name} | {accuracy} | {statistics.median(seconds):.0f} s | {ratio(seconds, base)} |"
         for (name, seconds), accuracy in zip(times.items(), reached, strict=True)
     ]
     publish("seeds", "| program | test accuracy | time | ratio |", rows)
@@ -339,7 +363,7 @@ def long() -> None:
         '`python main.py --seed 1 --hidden_sizes "[1024,512]" --max_epochs 58 --patience 58`',
         '`python main.py --seed 1 --hidden_sizes "[1024,512]" --max_epochs 190 --patience 190`',
     ):
-        accuracy, seconds = run_main(*shlex.split(shown.strip("`"))[2:])
+        accuracy, seconds = trained(*shlex.split(shown.strip("`"))[1:], "--log_dir", tempfile.mkdtemp())
         rows.append(f"| {shown} | {accuracy:.2f} % | {seconds / 60:.1f} minutes |")
     publish("long", "| command | test accuracy | time |", rows)
 
@@ -349,11 +373,11 @@ def long() -> None:
 LADDER = {
     "`main.py`": "",
     "26 epochs": "--max_epochs 26 --patience 26",
-    "26 epochs, batch normalization": "--max_epochs 26 --patience 26 --batch_norm true",
-    "40 epochs, with elastic distortion too": "--max_epochs 40 --patience 40 --batch_norm true --elastic 0.5",
-    "100 epochs of the same": "--max_epochs 100 --patience 100 --batch_norm true --elastic 0.5",
+    "26 epochs, normalization": "--max_epochs 26 --patience 26 --batch_norm true",
+    "40 epochs, normalization and distortion": "--max_epochs 40 --patience 40 --batch_norm true --elastic 0.5",
+    "100 epochs, normalization and distortion": "--max_epochs 100 --patience 100 --batch_norm true --elastic 0.5",
 }
-SHORTER, LONGER = list(LADDER)[-2:]
+TAUGHT = "40 epochs, taught by the average of five of 40"
 
 
 @torch.no_grad()
@@ -374,18 +398,38 @@ class DistilledClassifier(Classifier):
         return {"loss": loss, "y": y, "y_pred": y_pred.detach()}
 
 
-def distill(teachers: list[Classifier], seed: int) -> tuple[float, float]:
-    """Test accuracy and seconds of a network of the same size and training that learns from the teachers."""
-    start = time.perf_counter()
+def distill(folder: str, seed: int) -> None:
+    """Trains a network of the same size from the five of 40 epochs, and prints its test accuracy in percent."""
     pl.seed_everything(seed, verbose=False)
     student, data = DistilledClassifier(MLP(batch_norm=True)), MNISTDataModule(seed=seed, elastic=0.5)
-    student.teachers = tuple(teachers)
-    best = ModelCheckpoint(tempfile.mkdtemp(), monitor="accuracy/val", mode="max")
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = pl.Trainer(max_epochs=40, accelerator="cpu", callbacks=[MetricsCallback(), best], **quiet)
+    student.teachers = tuple(five(folder, "40 epochs, normalization and distortion"))
+    trainer = pl.Trainer(
+        max_epochs=40,
+        accelerator="cpu",
+        logger=TensorBoardLogger(place(folder, TAUGHT, seed), name="main", version=0),
+        callbacks=[MetricsCallback(), ModelCheckpoint(monitor="accuracy/val", mode="max")],
+    )
     trainer.fit(student, data)
     [test] = trainer.test(student, data, ckpt_path="best", weights_only=True, verbose=False)
-    return 100 * test["accuracy/test"], time.perf_counter() - start
+    print(f"test accuracy {100 * test['accuracy/test']:.2f}%")
+
+
+def place(folder: str, name: str, seed: int) -> str:
+    """The folder of a row's run."""
+    return f"{folder}/{[*LADDER, TAUGHT].index(name)}-{seed}"
+
+
+def best_validation(folder: str) -> float:
+    """Best validation accuracy in percent of the run that is logged there."""
+    return 100 * max(event.value for event in read_events(Path(folder, "main/version_0")).Scalars("accuracy/val"))
+
+
+def five(folder: str, name: str) -> list[Classifier]:
+    """The networks of the five seeds of a row."""
+    paths = [Path(place(folder, name, seed), "main/version_0/checkpoints") for seed in SEEDS]
+    return [
+        Classifier.load_from_checkpoint(*path.glob("epoch*.ckpt"), "cpu", weights_only=True).eval() for path in paths
+    ]
 
 
 def mean_and_error(values: list[float]) -> str:
@@ -394,33 +438,45 @@ def mean_and_error(values: list[float]) -> str:
 
 
 def accuracy_ladder() -> None:
-    """Test accuracy over five seeds from the default run on, of averages of five, and of a network that one teaches."""
-    folder, runs, data = Path(tempfile.mkdtemp()), {name: [] for name in LADDER}, MNISTDataModule()
-    for seed in SEEDS:  # the programs take turns
-        for name, options in LADDER.items():
-            runs[name].append(run_main("--seed", str(seed), "--log_dir", f"{folder}/{seed}", *options.split()))
-    data.setup("test")
-    fives = {}
-    for version, name in enumerate(LADDER):  # the number of the run in its folder
-        paths = folder.glob(f"*/main/version_{version}/checkpoints/epoch*.ckpt")
-        fives[name] = [Classifier.load_from_checkpoint(path, "cpu", weights_only=True).eval() for path in paths]
-    runs["40 epochs, taught by the average of five of 40"] = [distill(fives[SHORTER], seed) for seed in SEEDS]
+    """Accuracy over five seeds from the default run on, of averages of five, and of a network that one teaches.
 
-    rows, before, base = [], None, statistics.median(seconds for _, seconds in runs["`main.py`"])
-    for name, found in runs.items():
-        accuracies, times = zip(*found, strict=True)
-        gain = mean_and_error([b - a for a, b in zip(before, accuracies, strict=True)]) if before else ""
-        seconds, before = statistics.median(times), accuracies
-        row = f"| {name} | {mean_and_error(accuracies)} | {gain} |"
-        rows.append(f"{row} {seconds / 60:.1f} minutes | {seconds / base:.1f} |")
-    for name, shown in {SHORTER: "average of five of 40 epochs", LONGER: "average of five of 100 epochs"}.items():
-        images, labels = data.test_set.images, data.test_set.labels
-        right = average(fives[name], images).argmax(dim=1) == labels
-        all_wrong = sum(average([network], images).argmax(dim=1) != labels for network in fives[name]) == len(SEEDS)
-        seconds = sum(seconds for _, seconds in runs[name])
-        row = f"| {shown} | {100 * right.float().mean():.2f} | all five are wrong on {all_wrong.sum()} images |"
-        rows.append(f"{row} {seconds / 60:.1f} minutes | {seconds / base:.1f} |")
-    header = "| 768-384, seeds 1 to 5 | test accuracy in % | gain on the row above | time | ratio |"
+    The accuracies come from two programs of one thread at a time, the times from one run each on both cores.
+    """
+    folder = tempfile.mkdtemp()
+
+    def run(name: str, seed: int, **environment: str) -> tuple[float, float]:
+        if name == TAUGHT:
+            return trained("-c", f"from tests.benchmark import distill; distill({folder!r}, {seed})", **environment)
+        options = [*LADDER[name].split(), "--seed", str(seed), "--log_dir", place(folder, name, seed)]
+        return trained("main.py", *options, **environment)
+
+    with ThreadPoolExecutor(2) as pool:
+        # All at once, so that no core waits. The last one starts when those that it learns from have ended.
+        running = {name: pool.map(partial(run, name, OMP_NUM_THREADS="1"), SEEDS) for name in (*LADDER, TAUGHT)}
+    tests = {name: [accuracy for accuracy, _ in results] for name, results in running.items()}
+    publish_accuracy(folder, tests, {name: run(name, 1)[1] for name in running})
+
+
+def publish_accuracy(folder: str, tests: dict[str, list[float]], seconds: dict[str, float]) -> None:
+    """Writes the ladder from the folder of its runs, their test accuracies in percent, and the seconds of a run."""
+    rows, before = [], None
+    for name, test in tests.items():
+        validation = mean_and_error([best_validation(place(folder, name, seed)) for seed in SEEDS])
+        gain = mean_and_error([ours - theirs for ours, theirs in zip(test, before, strict=True)]) if before else ""
+        time_and_ratio = f"{seconds[name]:.0f} s | {seconds[name] / seconds['`main.py`']:.1f}"
+        rows.append(f"| {name} | {validation} | {mean_and_error(test)} | {gain} | {time_and_ratio} |")
+        before = test
+    data = MNISTDataModule()
+    data.setup("test")
+    images, labels = data.test_set.images, data.test_set.labels
+    for name in list(LADDER)[2:]:
+        networks = five(folder, name)
+        right = average(networks, images).argmax(dim=1) == labels
+        all_wrong = sum(average([network], images).argmax(dim=1) != labels for network in networks) == len(SEEDS)
+        test = f"{100 * right.float().mean():.2f} | all five are wrong on {all_wrong.sum()} images"
+        whole = len(SEEDS) * seconds[name]
+        rows.append(f"| average of five: {name} | | {test} | {whole:.0f} s | {whole / seconds['`main.py`']:.1f} |")
+    header = "| 768-384, seeds 1 to 5 | validation, in % | test, in % | gain on the row above | time | ratio |"
     publish("accuracy", header, rows)
 
 
@@ -461,57 +517,200 @@ def parallel_sweep(workers: int, threads: int) -> float:
 def workers() -> None:
     """Measures what a second worker does for a sweep, and what a second thread does."""
     names = {(1, 1): "1 worker of 1 thread", (1, 2): "1 worker of 2 threads", (2, 2): "2 workers of 1 thread"}
-    rates = alternate(2, {name: partial(parallel_sweep, *chosen) for chosen, name in names.items()})
+    rates = alternate(4, {name: partial(parallel_sweep, *chosen) for chosen, name in names.items()})
     base = rates["1 worker of 2 threads"]
-    rows = [f"| {name} | {rate:.1f} trials a minute | {rate / base:.2f} |" for name, rate in rates.items()]
+    rows = [
+        f"| {name} | {statistics.median(rate):.1f} trials a minute | {ratio(rate, base)} |"
+        for name, rate in rates.items()
+    ]
     publish("workers", "| sweep of 24 trials | speed | ratio |", rows)
 
 
-def run_study(seed: int, at_full_length: list[dict[str, Any]] | None = None) -> optuna.Study:
-    """A study of 20 trials as `sweep.py --seed` runs it, or of given trials without pruning and early stopping."""
-    folder = tempfile.mkdtemp()
-    study = open_study(folder, max_epochs=5)
-    options = {"folder": Path(folder), "max_epochs": 5, "patience": 3, "seed": seed, "accelerator": "cpu", "devices": 1}
-    if at_full_length:
-        study.pruner = optuna.pruners.NopPruner()
-        options["patience"] = options["max_epochs"]
-    for params in at_full_length or [sweep.BASELINE]:
-        study.enqueue_trial(params)
-    objective = partial(sweep.objective, data_dir=DATA_DIR, **options)
-    for _ in range(20):
-        run_trial(study, objective, 20, seed)
+def seeded_objective(seed: int, patience: int = EPOCHS_OF_A_TRIAL) -> Callable[[optuna.Trial], float]:
+    """The objective of `sweep.py`; without early stopping where the patience is not shorter."""
+    options = {"data_dir": DATA_DIR, "folder": Path(tempfile.mkdtemp()), "accelerator": "cpu", "devices": 1}
+    return partial(sweep.objective, max_epochs=EPOCHS_OF_A_TRIAL, patience=patience, seed=seed, **options)
+
+
+def run_search(sampler: str, seed: int) -> optuna.Study:
+    """A study of 20 trials with the baseline, search space and objective of `sweep.py`.
+
+    TPE prunes as `sweep.py` does. GP learns from complete trials only, and what random search would do under a pruner
+    can be told from its complete trials. So these two do not prune.
+    """
+    pruner, patience = (sweep.PRUNER, 3) if sampler == "TPE" else (optuna.pruners.NopPruner(), EPOCHS_OF_A_TRIAL)
+    chosen = {
+        "random": optuna.samplers.RandomSampler,
+        "TPE": optuna.samplers.TPESampler,
+        "GP": optuna.samplers.GPSampler,
+    }
+    study = optuna.create_study(direction="maximize", sampler=chosen[sampler](seed=seed), pruner=pruner)
+    for number in range(sweep.BASELINE_TRIALS):
+        study.enqueue_trial(sweep.BASELINE, user_attrs={"seed": seed + number})
+    study.optimize(seeded_objective(seed, patience), n_trials=20, catch=FloatingPointError)
     return study
 
 
-def one_search(seed: int) -> dict[str, float]:
-    """Accuracies of a study, and its steps beside those of the same trials at full length."""
-    pruned = run_study(seed)
-    found = {"baseline": pruned.trials[0].value, "best": pruned.best_value}
-    if seed in FULL_LENGTH:
-        full = run_study(seed, at_full_length=[trial.params for trial in pruned.trials])
-        steps, all_steps = (sum(trial.user_attrs.get("steps", 0) for trial in study.trials) for study in (pruned, full))
-        found |= {"best at full length": full.best_value, "ratio": steps / all_steps}
-    return found
+def train_again(params: dict[str, Any], seed: int) -> float:
+    """Best validation accuracy of the same training from another seed."""
+    return seeded_objective(seed)(optuna.trial.FixedTrial(params))
+
+
+def full_length(options: dict[str, Any], seed: int) -> tuple[float, float]:
+    """Best validation accuracy and test accuracy, in percent, of `main.py` with its own epochs."""
+    folder = tempfile.mkdtemp()
+    words = shlex.split(command_line(options | {"seed": seed, "log_dir": folder}))
+    test, _ = trained("main.py", *words, OMP_NUM_THREADS="1")
+    return best_validation(folder), test
+
+
+def ends_of(trial: FrozenTrial) -> list[str]:
+    """The hyperparameters whose values lie at an end of their ranges."""
+    return [
+        f"`{name}`, {end}"
+        for name, distribution in trial.distributions.items()
+        if (end := end_of_range(trial.params[name], distribution))
+    ]
+
+
+def epochs_of(study: optuna.Study) -> int:
+    return sum(len(trial.intermediate_values) for trial in study.trials)
+
+
+def replay(study: optuna.Study, pruner: optuna.pruners.BasePruner) -> optuna.Study:
+    """The trials of a study that did not prune, as this pruner would have ended them."""
+    # Hyperband draws from the name.
+    replayed = optuna.create_study(study_name="replay", direction="maximize", pruner=pruner)
+    for done in study.get_trials(states=[TrialState.COMPLETE]):
+        trial = replayed.ask()
+        for epoch, accuracy in done.intermediate_values.items():
+            trial.report(accuracy, epoch)
+            if trial.should_prune():
+                replayed.tell(trial, state=TrialState.PRUNED)
+                break
+        else:
+            replayed.tell(trial, done.value)
+    return replayed
+
+
+def publish_samplers(studies: dict[tuple[str, int], optuna.Study]) -> None:
+    """What random search, TPE and GP find, and how many epochs they train for it."""
+    pruned = {seed: replay(studies["random", seed], sweep.PRUNER) for seed in SEEDS}
+    searches = {
+        "random": [studies["random", seed] for seed in SEEDS],
+        "random, pruned": list(pruned.values()),
+        "TPE, pruned: `sweep.py`": [studies["TPE", seed] for seed in SEEDS],
+        "GP": [studies["GP", seed] for seed in SEEDS],
+    }
+    base, rows = [100 * study.best_value for study in searches["random"]], []
+    for name, found in searches.items():
+        best = [100 * study.best_value for study in found]
+        gain = mean_and_error([ours - theirs for ours, theirs in zip(best, base, strict=True)]) if best != base else ""
+        epochs = statistics.mean(map(epochs_of, found))
+        each = ", ".join(f"{value:.2f}" for value in best)
+        rows.append(f"| {name} | {epochs:.0f} | {each} | {mean_and_error(best)} | {gain} |")
+    header = "| 20 trials | epochs | best of each seed in % | mean | more than random |"
+    publish("samplers", header, rows)
+
+
+def publish_pruners(studies: list[optuna.Study]) -> None:
+    """What pruners save and lose on the same random trials."""
+    startup = {"n_startup_trials": sweep.BASELINE_TRIALS}
+    pruners = {
+        "none": optuna.pruners.NopPruner(),
+        "top third: `sweep.py`": sweep.PRUNER,
+        "top half: `MedianPruner`, after 3 trials": optuna.pruners.MedianPruner(**startup),
+        "top half, not before the third epoch": optuna.pruners.MedianPruner(**startup, n_warmup_steps=2),
+        "`SuccessiveHalvingPruner`": optuna.pruners.SuccessiveHalvingPruner(),
+        "`HyperbandPruner`": optuna.pruners.HyperbandPruner(max_resource=EPOCHS_OF_A_TRIAL),
+    }
+    rows, all_epochs = [], sum(map(epochs_of, studies))
+    for name, pruner in pruners.items():
+        replayed = [replay(study, pruner) for study in studies]
+        lost = [100 * (study.best_value - other.best_value) for study, other in zip(studies, replayed, strict=True)]
+        saved = 1 - sum(map(epochs_of, replayed)) / all_epochs
+        rows.append(f"| {name} | {saved:.0%} | {sum(loss > 0 for loss in lost)} of {len(lost)} | {max(lost):.2f} |")
+    publish("pruners", "| pruner | epochs saved | best trial lost | at most, in points |", rows)
+
+
+def publish_region(trials: list[FrozenTrial]) -> None:
+    """Where the best random trials lie, and pictures of all: one parameter at a time, and accuracy against size."""
+    study = optuna.create_study(direction="maximize")
+    study.add_trials(trials)
+    best, rows = sorted(trials, key=lambda trial: -trial.value)[:10], []
+    for name, distribution in optuna.search_space.intersection_search_space(trials).items():
+        values = [trial.params[name] for trial in best]
+        if isinstance(distribution, optuna.distributions.CategoricalDistribution):
+            searched = ", ".join(map(str, distribution.choices))
+            found = ", ".join(f"{values.count(choice)} {choice}" for choice in distribution.choices)
+        else:
+            searched = f"{distribution.low:g} to {distribution.high:g}"
+            found = f"{min(values):.2g} to {max(values):.2g}"
+        rows.append(f"| `{name}` | {searched} | {found} |")
+    publish("region", f"| hyperparameter | searched | the best ten of {len(trials)} |", rows)
+
+    axes = plots.plot_slice(study, params=["batch_norm", "depth", "dropout", "hidden_size_0", "learning_rate"])
+    axes[0].set_ylim(0.96, axes[0].get_ylim()[1])  # worse ones leave the picture
+    save(axes[0].figure, "slice", (13, 4))
+
+    both = optuna.create_study(directions=["maximize", "minimize"])
+    for trial in trials:
+        chosen = sweep.suggest_hyperparameters(trial)
+        model = MLP(chosen["hidden_sizes"], batch_norm=chosen["batch_norm"])
+        weights = sum(parameter.numel() for parameter in model.parameters())
+        both.add_trial(optuna.trial.create_trial(values=[trial.value, weights]))
+    axis = plots.plot_pareto_front(both, target_names=["validation accuracy", "weights"])
+    axis.set_xlim(0.96, axis.get_xlim()[1])
+    save(axis.figure, "pareto", (8, 5))
+
+
+def save(figure: Figure, name: str, inches: tuple[float, float]) -> None:
+    figure.suptitle("")
+    figure.set_size_inches(*inches)
+    figure.savefig(ROOT / f"docs/{name}.png", dpi=90, bbox_inches="tight")
 
 
 def search() -> None:
-    """Measures what a search finds from the baseline on, and what pruning and early stopping save."""
-    code = "import sys, json, torch; torch.set_num_threads(1); from tests.benchmark import one_search;"
-    code += "print('result', json.dumps(one_search(int(sys.argv[1]))))"
+    """Measures what searches find from the baseline on, what of it is noise, and what the winners are worth."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    # Two programs of one thread each, as no time counts here.
+    options = {"mp_context": get_context("spawn"), "initializer": torch.set_num_threads, "initargs": (1,)}
+    with ProcessPoolExecutor(2, **options) as pool:
+        calls = {
+            (name, seed): pool.submit(run_search, name, seed) for name in ("random", "GP", "TPE") for seed in SEEDS
+        }
+        studies = {key: call.result() for key, call in calls.items()}
+        unpruned = [studies["random", seed] for seed in SEEDS]
+        publish_samplers(studies)
+        publish_pruners(unpruned)
+        complete = [trial for study in unpruned for trial in study.get_trials(states=[TrialState.COMPLETE])]
+        publish_region([trial for trial in complete if trial.params != sweep.BASELINE])
 
-    def run(seed: int) -> dict[str, float]:
-        words = [sys.executable, "-c", code, str(seed)]
-        printed = subprocess.run(words, cwd=ROOT, check=True, capture_output=True, text=True).stdout
-        return json.loads(re.search(r"result (.+)", printed)[1])
+        first = studies["TPE", SEEDS[0]].get_trials(states=[TrialState.COMPLETE])
+        top = sorted(first, key=lambda trial: -trial.value)[:5]
+        again = [[pool.submit(train_again, trial.params, seed) for seed in SEEDS] for trial in top]
+        winners = {f"winner of seed {seed}": studies["TPE", seed].best_trial for seed in SEEDS}
+        settings = {"defaults of `main.py`": {}}
+        settings |= {name: sweep.suggest_hyperparameters(trial) for name, trial in winners.items()}
+        full = {name: [pool.submit(full_length, chosen, seed) for seed in SEEDS] for name, chosen in settings.items()}
 
-    with ThreadPoolExecutor(2) as pool:  # only accuracies and steps count here, and no time
-        results = dict(zip(SEEDS, pool.map(run, SEEDS), strict=True))
-    rows = []
-    for seed, found in results.items():
-        compared = f"{found['best at full length']:.2%} | {found['ratio']:.2f}" if "ratio" in found else " | "
-        rows.append(f"| {seed} | {found['baseline']:.2%} | {found['best']:.2%} | {compared} |")
-    header = "| seed | baseline | best of 20 trials | best at full length | steps, ratio to full length |"
-    publish("search", header, rows)
+        rows = []
+        for trial, calls in zip(top, again, strict=True):
+            values = [100 * call.result() for call in calls]
+            repeated = f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+            rows.append(f"| {trial.number} | {trial.value:.2%} | {repeated} |")
+        publish("noise", "| trial | in the search | five seeds, in % |", rows)
+        rows = []
+        for name, calls in full.items():
+            validation, test = zip(*(call.result() for call in calls), strict=True)
+            in_search = f"{winners[name].value:.2%}" if name in winners else ""
+            sizes = settings[name].get("hidden_sizes", "")
+            ends = ", ".join(ends_of(winners[name])) if name in winners else ""
+            rows.append(
+                f"| {name} | {sizes} | {ends} | {in_search} | {mean_and_error(validation)} | {mean_and_error(test)} |"
+            )
+        header = "| network | hidden sizes | at an end | in the search | validation, full length, in % | test in % |"
+        publish("winners", header, rows)
 
 
 if __name__ == "__main__":

@@ -213,6 +213,11 @@ def figures_of(text: str) -> list[float]:
     return [float(number) for number in re.findall(r"\d+\.?\d*", text)]
 
 
+def last_digit(text: str) -> float:
+    """What the last digit of the first figure counts: 0.1 in 3.5."""
+    return 10.0 ** -len(re.search(r"\d+\.?(\d*)", text)[1])
+
+
 def in_sentence(page: str, sentence: str) -> list[float]:
     return [float(number) for number in re.search(sentence, " ".join(PAGES[page].split())).groups()]
 
@@ -229,7 +234,11 @@ def in_sentence(page: str, sentence: str) -> list[float]:
         ("README.md", r"`xavier_normal` reaches ([\d.]+) %", "docs/initialization.md", "xavier_normal"),
         ("README.md", r"ReLU takes away, and reaches ([\d.]+) %", "docs/initialization.md", "kaiming_normal"),
         ("README.md", r"stays at ([\d.]+) %, which is chance", "docs/initialization.md", "pytorch_default"),
-        ("README.md", r"takes ([\d.]+) times as long on a fast one", "docs/speed.md", "usual example | 35"),
+        ("README.md", r"takes ([\d.]+) times as long on a fast one", "docs/speed.md", "usual example |"),
+        ("docs/accuracy.md", r"reaches ([\d.]+) % after (\d+) s", "docs/accuracy.md", "26 epochs, normalization"),
+        ("docs/accuracy.md", r"what it takes (\d+) s for", "docs/accuracy.md", "100 epochs, normalization"),
+        ("docs/accuracy.md", r"by ([\d.]+) ± ([\d.]+) points. Its", "docs/accuracy.md", "40 epochs, taught"),
+        ("docs/accuracy.md", r"averages\*\* end at ([\d.]+) %. On (\d+)", "docs/accuracy.md", "average of five: 100"),
         ("README.md", r"the usual example needs (\d+) s", "docs/speed.md", "usual example, batches of 64 | 9"),
         ("README.md", r"goes with it, it needs (\d+) s", "docs/speed.md", "one-cycle schedule"),
         ("README.md", r"and `main.py` (\d+) s", "docs/speed.md", "`main.py` | 9"),
@@ -240,31 +249,46 @@ def test_figure_of_a_sentence_stands_in_its_table(page: str, sentence: str, tabl
 
 
 @pytest.mark.parametrize(
-    ("sentence", "row", "base"),
+    ("page", "sentence", "column", "row", "base"),
     [
-        (r"they bring ([\d.]+) points", "one-cycle schedule", "usual example, batches of 512 | 9"),
-        (r"augmentation brings ([\d.]+) points", "augmentation on the device | 9", "images as tensors | 9"),
+        ("speed", r"they bring ([\d.]+) points", 2, "one-cycle schedule", "usual example, batches of 512 | 9"),
+        ("speed", r"augmentation brings ([\d.]+) points", 2, "augmentation on the device | 9", "images as tensors | 9"),
+        ("accuracy", r"by another ([\d.]+) points", 2, "100 epochs, normalization", "26 epochs, normalization"),
+        ("accuracy", r"and the test accuracy by ([\d.]+), which", 3, "100 epochs, norm", "26 epochs, norm"),
     ],
 )
-def test_difference_in_a_sentence_is_that_of_two_rows(sentence: str, row: str, base: str):
-    high, low = (figures_of(table_line("docs/speed.md", name).split("|")[2])[0] for name in (row, base))
-    assert in_sentence("docs/speed.md", sentence) == [pytest.approx(high - low)]
+def test_difference_in_a_sentence_is_that_of_two_rows(page: str, sentence: str, column: int, row: str, base: str):
+    page = f"docs/{page}.md"
+    high, low = (figures_of(table_line(page, name).split("|")[column])[0] for name in (row, base))
+    assert in_sentence(page, sentence) == [pytest.approx(high - low)]
+
+
+def table(mark: str) -> dict[str, list[str]]:
+    """The columns of a marked table by the first cell of each row, header included."""
+    [text] = re.findall(rf"<!-- {mark} -->\n(.+?)<!-- /{mark} -->", "".join(PAGES.values()), re.DOTALL)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    return {cells[0]: cells for cells in rows if not cells[0].startswith("---")}
 
 
 @pytest.mark.parametrize(
-    ("mark", "base"), [("speed", "callbacks, logger"), ("seeds", "`main.py`"), ("workers", "1 worker of 2")]
+    ("mark", "base"),
+    [
+        ("speed", "callbacks, logger and bar: `main.py`"),
+        ("seeds", "`main.py`, 10 epochs, seeds 1 to 5"),
+        ("workers", "1 worker of 2 threads"),
+        ("accuracy", "`main.py`"),
+    ],
 )
 def test_ratios_in_a_table_are_those_of_its_figures(mark: str, base: str):
     """A figure that was changed by hand, or comes from another run than its neighbors, breaks them."""
-    [table] = re.findall(rf"<!-- {mark} -->\n(.+?)<!-- /{mark} -->", "".join(PAGES.values()), re.DOTALL)
-    rows = {
-        cells[0]: [figures_of(cell)[0] for cell in cells[-2:]]
-        for cells in ([cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:])
-    }
-    [(whole, _)] = [figures for name, figures in rows.items() if name.startswith(base)]
-    for figure, ratio in rows.values():
-        # Both figures are rounded to their last digit.
-        assert ratio == pytest.approx(figure / whole, abs=0.006 + 0.5 * (1 + ratio) / whole)
+    header, *rows = table(mark).values()
+    for column in [number for number, name in enumerate(header) if name == "ratio"]:
+        whole = figures_of(table(mark)[base][column - 1])[0]
+        for cells in rows:
+            figure, ratio = (figures_of(cell)[0] for cell in cells[column - 1 : column + 1])
+            # All three are rounded.
+            error = 0.5 * last_digit(cells[column - 1]) * (1 + ratio) / whole + 0.51 * last_digit(cells[column])
+            assert ratio == pytest.approx(figure / whole, abs=error)
 
 
 def test_hooks_are_called_in_the_order_of_the_readme():
