@@ -1,5 +1,6 @@
 """What workers that share a study promise: exact totals, whatever happens to them, to their trials or the database."""
 
+import gc
 import multiprocessing
 import os
 import random
@@ -8,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+import weakref
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -18,12 +20,14 @@ from optuna.storages import RetryHeartbeatStaleTrialCallback
 from optuna.trial import TrialState
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from sqlalchemy import URL, make_url
+from torch import nn
 
 import sweep
 from common.cli import one_line_errors
 from common.study import (
     counted_trials,
     open_study,
+    run_trial,
     run_worker,
     run_workers,
     storage_errors,
@@ -99,6 +103,23 @@ def test_eight_workers_run_each_trial_once(kind: str, tmp_path: Path, request: p
     assert sorted(int(number) for number, _ in notes) == sorted(trial.number for trial in finished(study))
     xs = Counter(float(x) for _, x in notes)
     assert [xs[x] for x in queue] == [1] * len(queue)
+
+
+def test_trial_frees_what_refers_to_itself(tmp_path: Path):
+    seen = []
+
+    def objective(trial: optuna.Trial) -> float:
+        model, trainer = nn.Module(), nn.Module()
+        model.trainer, trainer.model = [trainer], [model]
+        seen.append(weakref.ref(trainer))
+        return space(trial)["x"]
+
+    gc.disable()
+    try:
+        run_trial(open_quick(f"sqlite:///{tmp_path}/study.db"), objective, 1, seed=0)
+        assert seen[0]() is None
+    finally:
+        gc.enable()
 
 
 def lose(url: str, trial: optuna.Trial) -> float:
