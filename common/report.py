@@ -1,13 +1,17 @@
 """The report on a study: how its trials ended, the best ones as a table, pictures."""
 
+import math
 import re
+import statistics
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 import optuna
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
+from optuna.distributions import CategoricalDistribution
 from optuna.importance import PedAnovaImportanceEvaluator
 from optuna.trial import FrozenTrial, TrialState
 from optuna.visualization import matplotlib as plots
@@ -15,9 +19,7 @@ from optuna.visualization import matplotlib as plots
 from common.study import SearchSpace, counted_trials
 
 
-def report(
-    study: optuna.Study, search_space: SearchSpace, baseline: dict[str, Any], folder: Path, options: dict[str, Any]
-) -> bool:
+def report(study: optuna.Study, search_space: SearchSpace, folder: Path, options: dict[str, Any]) -> bool:
     """Prints how the trials ended and the best of them, draws the study, and returns whether there is a complete one.
 
     A finished trial answers suggest_...() with the values that it has stored, so `search_space` turns it back into
@@ -34,11 +36,11 @@ def report(
         return False
     best = complete[0]
     print_table(complete[:5], search_space)
-    save_pictures(study, baseline, folder)
+    save_pictures(study, folder)
     print()
-    for trial in complete:
-        if trial.params == baseline:
-            print(f"baseline {trial.value:.1%} -> best {best.value:.1%}")
+    print_lead(complete)
+    for name, end in at_an_end([trial for trial in complete if not is_baseline(trial)][:3]).items():
+        print(f"at an end:        {name}, the {end} one of its range: widen it, under another --study_name")
     print(f"pictures, logs:   {folder}\nto look at them:  tensorboard --logdir {folder}")
     path = best.user_attrs["checkpoint"]
     print(f'its weights:      Classifier.load_from_checkpoint("{path}", weights_only=True)')
@@ -46,6 +48,49 @@ def report(
         print("                  (on the machine that has trained it)")
     print(f"full length:      python main.py {command_line(search_space(best) | options)}")
     return True
+
+
+def is_baseline(trial: FrozenTrial) -> bool:
+    """Whether it has a seed of its own, as only the baseline's trials have."""
+    return "seed" in trial.user_attrs
+
+
+def print_lead(complete: list[FrozenTrial]) -> None:
+    """Prints how far the best trial is ahead, and by how much the baseline's accuracy scatters over its seeds."""
+    accuracies = [100 * trial.value for trial in complete]
+    # By their seed, as two machines that start at the same moment may both have asked for them.
+    seeds = {trial.user_attrs["seed"]: 100 * trial.value for trial in complete if is_baseline(trial)}.values()
+    scatter = statistics.stdev(seeds) if len(seeds) > 1 else 0.0
+    leads = []
+    if seeds:
+        scattered = f", its {len(seeds)} seeds scatter by {scatter:.2f} points" if scatter else ""
+        print(f"baseline:         {statistics.mean(seeds):.2f}%{scattered}")
+        leads.append(("the baseline", accuracies[0] - statistics.mean(seeds)))
+    if len(complete) > 1:
+        leads.append(("the next trial", accuracies[0] - accuracies[1]))
+    print(f"best trial:       {accuracies[0]:.2f}%")
+    for name, lead in leads:
+        times = f", {lead / scatter:.1f} times this scatter" if scatter else ""
+        print(f"                  {lead:.2f} points ahead of {name}{times}")
+
+
+def at_an_end(trials: list[FrozenTrial]) -> dict[str, str]:
+    """Which hyperparameters lie at the same end of their range, within 5 %, in all these trials.
+
+    Choices have no order, and a range that begins at 0 has no lower end.
+    """
+    ends = {}
+    for name, distribution in optuna.search_space.intersection_search_space(trials).items():
+        if isinstance(distribution, CategoricalDistribution) or distribution.single():
+            continue
+        scale = math.log if distribution.log else float
+        low, high = scale(distribution.low), scale(distribution.high)
+        positions = [(scale(trial.params[name]) - low) / (high - low) for trial in trials]
+        if min(positions) > 0.95:
+            ends[name] = "upper"
+        elif max(positions) < 0.05 and distribution.low:
+            ends[name] = "lower"
+    return ends
 
 
 def command_line(options: dict[str, Any]) -> str:
@@ -69,28 +114,26 @@ def print_table(trials: list[FrozenTrial], search_space: SearchSpace) -> None:
         print("  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)))
 
 
-def save_pictures(study: optuna.Study, baseline: dict[str, Any], folder: Path) -> None:
+def save_pictures(study: optuna.Study, folder: Path) -> None:
     """Saves pictures of the study as PNG files: how the trials went, and what Optuna itself draws."""
     # Parameters of every trial only: most trials have no third layer.
     shared = list(optuna.search_space.intersection_search_space(study.get_trials(deepcopy=False)))
     pictures = {
-        "intermediate_values": draw_intermediate_values(study, baseline),
+        "intermediate_values": draw_intermediate_values(study),
         "history": plots.plot_optimization_history(study).figure,
-        "parallel_coordinate": plots.plot_parallel_coordinate(study, params=shared).figure,
+        "slice": np.ravel(plots.plot_slice(study, params=shared))[0].figure,
     }
     if len(study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])) > 1:
         # Optuna's default since 5.0. The older one needs scikit-learn.
         importances = plots.plot_param_importances(study, evaluator=PedAnovaImportanceEvaluator())
         pictures["importances"] = importances.figure
-    for axis in pictures["parallel_coordinate"].axes:
-        axis.grid(False)  # a grid for each parameter would hide the trials
     for name, figure in pictures.items():
-        figure.set_size_inches(11, 5)
+        figure.set_size_inches(max(11, figure.get_figwidth()), 5)
         figure.savefig(folder / f"{name}.png", dpi=100, bbox_inches="tight")
         plt.close(figure)
 
 
-def draw_intermediate_values(study: optuna.Study, baseline: dict[str, Any]) -> Figure:
+def draw_intermediate_values(study: optuna.Study) -> Figure:
     """Draws the validation accuracy of each trial after each epoch; Optuna's picture does not show how it ended."""
     best = study.best_trial
     complete = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
@@ -104,8 +147,8 @@ def draw_intermediate_values(study: optuna.Study, baseline: dict[str, Any]) -> F
             label = None  # once is enough for the legend
 
     others = [trial for trial in complete if trial.number != best.number]
-    draw([trial for trial in others if trial.params != baseline], "complete", color="tab:blue")
-    draw([trial for trial in others if trial.params == baseline], "baseline", color="black", linewidth=2)
+    draw([trial for trial in others if not is_baseline(trial)], "complete", color="tab:blue")
+    draw([trial for trial in others if is_baseline(trial)], "baseline", color="black", linewidth=2)
     draw([best], f"best, trial {best.number}", color="tab:red", linewidth=3)
     limits = axis.get_ylim()
     draw(pruned, "pruned", color="gray", linestyle="--", zorder=1)

@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import signal
+import statistics
 import subprocess
 import time
 from functools import partial
@@ -48,10 +49,45 @@ def test_baseline_is_a_point_of_the_search_space_whose_keys_are_options_of_main(
     assert chosen.keys() <= inspect.signature(main).parameters.keys()
 
 
+def test_search_space_contains_the_defaults_of_main():
+    defaults = {name: parameter.default for name, parameter in inspect.signature(main).parameters.items()}
+    sizes = defaults["hidden_sizes"]
+    params = {"depth": len(sizes)} | {f"hidden_size_{layer}": size for layer, size in enumerate(sizes)} | defaults
+    trial = optuna.trial.FixedTrial(params)
+    chosen = suggest_hyperparameters(trial)
+    assert chosen == {name: defaults[name] for name in chosen}
+    for name, distribution in trial.distributions.items():
+        assert distribution._contains(distribution.to_internal_repr(params[name])), name
+
+
+def quick(folder: Path, **options) -> partial:
+    """The objective with one epoch a trial."""
+    fixed = {"data_dir": DATA, "max_epochs": 1, "patience": 1, "accelerator": "cpu", "devices": 1}
+    return partial(objective, folder=folder, **fixed, **options)
+
+
+def test_each_value_of_the_search_space_reaches_the_training(tmp_path: Path):
+    params = {"depth": 2, "hidden_size_0": 128, "hidden_size_1": 256, "activation": "tanh", "batch_norm": True}
+    params |= {"dropout": 0.25, "learning_rate": 2e-3, "weight_decay": 0.5, "batch_size": 1024}
+    trial = optuna.trial.FixedTrial(params)
+    quick(tmp_path, seed=3)(trial)
+    saved = torch.load(trial.user_attrs["checkpoint"], weights_only=True)
+    used = saved["hyper_parameters"]["model"] | saved["hyper_parameters"] | saved["datamodule_hyper_parameters"]
+    chosen = suggest_hyperparameters(trial)
+    assert chosen == {name: used[name] for name in chosen}
+
+
+def test_pruner_leaves_the_baseline_alone(tmp_path: Path):
+    study = optuna.create_study(direction="maximize", pruner=optuna.pruners.ThresholdPruner(lower=1.0))
+    for attributes in ({"seed": 5}, {}):
+        study.enqueue_trial(BASELINE, user_attrs=attributes)
+    study.optimize(quick(tmp_path, seed=4), n_trials=2)
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE, TrialState.PRUNED]
+
+
 def test_neighboring_seeds_search_elsewhere(tmp_path: Path):
     def dropouts(seed: int) -> set[float]:
-        options = {"max_epochs": 1, "patience": 1, "accelerator": "cpu", "devices": 1}
-        train = partial(objective, data_dir=DATA, folder=tmp_path / str(seed), seed=seed, **options)
+        train = quick(tmp_path / str(seed), seed=seed)
         study = optuna.create_study(direction="maximize", pruner=optuna.pruners.NopPruner())
         for _ in range(2):
             run_trial(study, train, 2, seed)
@@ -70,23 +106,26 @@ def test_study_is_reproducible_continued_and_reported(script, tmp_path: Path):
     assert len(finished(study)) == 2
 
     # The same again, in one go: a function of the seed, whether the study was continued or not.
-    second = script("sweep.py", "--n_trials", 3, "--seed", 7, *SHORT)
+    second = script("sweep.py", "--n_trials", 5, "--seed", 7, *SHORT)
     assert second.returncode == 0, second.stderr
-    assert len(finished(load(sqlite(tmp_path)))) == 3
-    whole = script("sweep.py", "--n_trials", 3, "--seed", 7, *SHORT, "--log_dir", "whole")
+    assert len(finished(load(sqlite(tmp_path)))) == 5
+    whole = script("sweep.py", "--n_trials", 5, "--seed", 7, *SHORT, "--log_dir", "whole")
     assert whole.returncode == 0, whole.stderr
     other = load(f"sqlite:///{tmp_path}/whole/sweep/optuna.db")
     trials = load(sqlite(tmp_path)).trials
     assert [trial.params for trial in trials] == [trial.params for trial in other.trials]
     assert [trial.intermediate_values for trial in trials] == [trial.intermediate_values for trial in other.trials]
-    assert trials[0].params == BASELINE
+    baseline = [trial for trial in trials if trial.params == BASELINE]
+    assert [trial.user_attrs["seed"] for trial in baseline] == [7, 8, 9]
+    assert len({trial.value for trial in baseline}) > 1
 
     folder = tmp_path / "logs/sweep/mnist"
     pictures = {path.stem for path in folder.glob("*.png") if path.stat().st_size > 10_000}
-    assert pictures == {"history", "intermediate_values", "parallel_coordinate", "importances"}
+    assert pictures == {"history", "intermediate_values", "slice", "importances"}
     best = load(sqlite(tmp_path)).best_trial
     assert re.search(rf"^ +{best.number} +{best.value:.2%} ", second.stdout, flags=re.MULTILINE)
-    assert f"baseline {trials[0].value:.1%} -> best {best.value:.1%}" in second.stdout
+    assert f"baseline:         {statistics.mean(trial.value for trial in baseline):.2%}, its 3 seeds" in second.stdout
+    assert f"best trial:       {best.value:.2%}\n" in second.stdout
     path = re.search(r'its weights: +Classifier.load_from_checkpoint\("(.+)", weights_only=True\)', second.stdout)[1]
     assert "on the machine that has trained it" not in second.stdout
     assert Classifier.load_from_checkpoint(tmp_path / path, weights_only=True)
@@ -99,7 +138,7 @@ def test_study_is_reproducible_continued_and_reported(script, tmp_path: Path):
 
     again = script("sweep.py", "--config", folder / "config.yaml")  # which finds the study complete
     assert again.returncode == 0, again.stderr
-    assert len(load(sqlite(tmp_path)).trials) == 3
+    assert len(load(sqlite(tmp_path)).trials) == 5
 
     command = shlex.split(re.search(r"full length: +python (.+)", second.stdout)[1])
     assert command[-2:] == ["--seed", "7"]  # what the study had otherwise than by default
@@ -192,16 +231,15 @@ def test_worker_that_was_stopped_goes_on(tmp_path: Path):
 def test_hopeless_trials_are_pruned_and_broken_ones_recorded(script, tmp_path: Path):
     (tmp_path / "logs/sweep").mkdir(parents=True)
     study = optuna.create_study(storage=sqlite(tmp_path), study_name="mnist", direction="maximize")
-    fixed = {"depth": 1, "hidden_size_0": 64, "activation": "relu", "dropout": 0.0, "weight_decay": 0.01}
     for learning_rate in (1e-2, 2e-2, 5e-3, 1e-4, 1e30):
-        study.enqueue_trial({**fixed, "batch_size": 1024, "learning_rate": learning_rate})
+        study.enqueue_trial(BASELINE | {"batch_size": 1024, "learning_rate": learning_rate})
     result = script("sweep.py", "--n_trials", 5, "--max_epochs", 3)
     assert result.returncode == 0, result.stderr
     good, *_, hopeless, broken = load(sqlite(tmp_path)).trials
     assert good.state == TrialState.COMPLETE
-    assert good.user_attrs["steps"] == 3 * 54
+    assert len(good.intermediate_values) == 3
     assert hopeless.state == TrialState.PRUNED
-    assert hopeless.user_attrs["steps"] < 3 * 54
+    assert len(hopeless.intermediate_values) < 3
     assert broken.state == TrialState.FAIL
     assert "trial 4 failed: loss/train is nan after step" in result.stdout
 
