@@ -172,10 +172,10 @@ def run_trial(study: optuna.Study, objective: Callable[[optuna.Trial], float], n
         except TRAINING_ERRORS as error:
             trial.set_user_attr("error", str(error))  # so it counts, and the report says why
             value, state = None, TrialState.FAIL
-    study.tell(trial, value, state, skip_if_finished=True)
     # A Trainer and its data refer to each other, and Python frees such circles late: 200 MB a trial would add up. It is
     # what study.optimize(gc_after_trial=True) does.
     gc.collect()
+    study.tell(trial, value, state, skip_if_finished=True)
 
 
 def run_worker(
