@@ -39,7 +39,7 @@ def report(study: optuna.Study, search_space: SearchSpace, folder: Path, options
     save_pictures(study, folder)
     print()
     print_lead(complete)
-    for name, end in at_an_end([trial for trial in complete if not is_baseline(trial)][:3]).items():
+    for name, end in at_an_end(complete).items():
         print(f"at an end:        {name}, the {end} one of its range: widen it, under another --study_name")
     print(f"pictures, logs:   {folder}\nto look at them:  tensorboard --logdir {folder}")
     path = best.user_attrs["checkpoint"]
@@ -74,11 +74,12 @@ def print_lead(complete: list[FrozenTrial]) -> None:
         print(f"                  {lead:.2f} points ahead of {name}{times}")
 
 
-def at_an_end(trials: list[FrozenTrial]) -> dict[str, str]:
-    """Which hyperparameters lie at the same end of their range, within 5 %, in all these trials.
+def at_an_end(complete: list[FrozenTrial]) -> dict[str, str]:
+    """Which hyperparameters lie at the same end of their range, within 5 %, in the best three trials of the search.
 
     Choices have no order, and a range that begins at 0 has no lower end.
     """
+    trials = [trial for trial in complete if not is_baseline(trial)][:3]
     ends = {}
     for name, distribution in optuna.search_space.intersection_search_space(trials).items():
         if isinstance(distribution, CategoricalDistribution) or distribution.single():

@@ -702,8 +702,7 @@ def publish_winners(studies: list[optuna.Study], full: list[list[tuple[float, fl
             chosen = sweep.suggest_hyperparameters(study.best_trial)
             layers = "-".join(map(str, chosen["hidden_sizes"])) + (", yes" if chosen["batch_norm"] else ", no")
             in_search = f"{100 * study.best_value:.2f}"
-            found = [trial for trial in complete_trials(study) if not is_baseline(trial)][:3]
-            ends = ", ".join(f"{key} {end}" for key, end in at_an_end(found).items())
+            ends = ", ".join(f"{key} {end}" for key, end in at_an_end(complete_trials(study)).items())
         rows.append(f"| {name} | {layers} | {ends} | {in_search} | {validation} | {test} |")
     header = "| network | layers, normalized | at an end | in the search, in % | validation, full length | test |"
     publish("winners", header, rows)
