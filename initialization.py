@@ -67,7 +67,8 @@ def run_scheme(
     trainer = pl.Trainer(
         accelerator="cpu",
         max_steps=steps,
-        logger=TensorBoardLogger(folder, name=activation, version=scheme, default_hp_metric=False),
+        # A Ctrl-C while a value is logged can leave TensorBoard's thread asleep until it flushes: by default for 120 s.
+        logger=TensorBoardLogger(folder, name=activation, version=scheme, default_hp_metric=False, flush_secs=1),
         # MetricsCallback gives the accuracy. `recorder` keeps what each layer puts out and the gradient that comes back
         # to it, `curve` keeps the losses. All of them log for TensorBoard.
         callbacks=[MetricsCallback(), GradientHistogramCallback(every_n_steps=100), recorder, curve],

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import os
 import re
 import signal
 import subprocess
@@ -410,6 +411,40 @@ def test_interrupted_comparison_reports_what_it_has_and_ends_with_130(call, monk
     assert "interrupted; the results so far:\n\ntanh" in ended.stdout
     assert re.findall("^(zeros|lsuv) ", ended.stdout, re.MULTILINE) == ["zeros"]
     assert (tmp_path / "logs/initialization/version_0/depth.png").exists()
+
+
+INTERRUPTED = """
+import queue, signal, sys, threading
+import initialization
+from common.cli import run_from_command_line
+
+notify, armed = threading.Condition.notify, []
+
+def interrupted(condition, n=1):
+    # As a Ctrl-C inside of notify: the other thread is awake, and still in the list of those that wait.
+    if armed and condition._waiters and sys._getframe(1).f_code is queue.Queue.put.__code__:
+        threading.Condition.notify = notify
+        condition._waiters[0].release()
+        signal.raise_signal(signal.SIGINT)
+    notify(condition, n)
+
+threading.Condition.notify = interrupted
+arm = lambda *arguments: armed.append(True)
+initialization.INITIALIZATIONS["lsuv"] = lambda linear, *_: linear.register_full_backward_hook(arm)
+run_from_command_line(initialization.main)
+"""
+
+
+def test_interrupt_while_a_value_is_logged_ends_at_once(tmp_path):
+    (tmp_path / "interrupted.py").write_text(INTERRUPTED)
+    command, environment = [sys.executable, "interrupted.py", *SMALL], os.environ | {"PYTHONPATH": str(ROOT)}
+    # TensorBoard's thread would sleep for another two minutes.
+    ended = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert ended.returncode == 130, ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert "interrupted; the results so far:\n\ntanh" in ended.stdout
 
 
 def test_folder_holds_every_option_of_the_call(call, tmp_path):

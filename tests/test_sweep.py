@@ -280,20 +280,6 @@ def test_interrupt_ends_all_workers_with_the_results_so_far(done: int, tmp_path:
     assert_group_is_gone(sweeping)
 
 
-def test_interrupted_comparison_shows_what_it_has(tmp_path: Path):
-    comparing = start_script(tmp_path, "initialization.py")
-    # The second run has begun.
-    while len(list(tmp_path.glob("logs/initialization/version_0/tanh/*"))) < 2:
-        assert comparing.poll() is None, comparing.stderr.read()
-        time.sleep(0.1)
-    os.killpg(comparing.pid, signal.SIGINT)
-    output, errors = comparing.communicate(timeout=60)
-    assert comparing.returncode == 130, errors
-    assert "Traceback" not in errors
-    assert "interrupted; the results so far:\n\ntanh" in output
-    assert_group_is_gone(comparing)
-
-
 def assert_group_is_gone(process: subprocess.Popen) -> None:
     for _ in range(100):
         try:
