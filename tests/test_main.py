@@ -24,7 +24,7 @@ def test_short_training_logs_what_the_readme_promises(script, tmp_path: Path):
     accuracy = float(re.search(r"test accuracy +([\d.]+)%", result.stdout)[1])
     assert accuracy > 90
     checkpoint = tmp_path / re.search(r"best checkpoint +(.+)", result.stdout)[1]
-    assert Classifier.load_from_checkpoint(checkpoint)(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
+    assert Classifier.load_from_checkpoint(checkpoint, "cpu")(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
     assert "tensorboard --logdir logs" in result.stdout
 
     events = read_events(tmp_path / "logs/main/version_0")
@@ -46,7 +46,7 @@ def test_tilde_is_expanded_where_a_shell_leaves_it(call, tmp_path: Path, monkeyp
     result = call(main, *options)
     assert result.returncode == 0, result.stderr
     assert len(list(tmp_path.glob("runs/main/version_0/checkpoints/*.ckpt"))) == 2  # the best and the last
-    assert {path.name for path in tmp_path.iterdir()} == {"mnist", "runs"}
+    assert not (tmp_path / "~").exists()
     again = call(main, *options, "--ckpt_path=~/runs/main/version_0/checkpoints/last.ckpt")
     assert again.returncode == 0, again.stderr
 

@@ -98,7 +98,7 @@ def metrics_left_on_the_cpu(folder: Path) -> None:
         pytest.skip("needs a GPU")
 
     class UnmovedCallback(MetricsCallback):
-        def setup(self, *arguments) -> None:
+        def setup(self, *arguments, **keywords) -> None:
             pass
 
     short_trainer(accelerator="gpu", callbacks=[UnmovedCallback()]).fit(Classifier(MLP()), MNISTDataModule(DATA))
