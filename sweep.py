@@ -183,7 +183,7 @@ def main(
     open_this_study = partial(open_study, url, study_name, PRUNER, suggest_hyperparameters, max_epochs)
     study = open_this_study()
     for number in range(len(counted_trials(study.trials)), min(BASELINE_TRIALS, n_trials)):
-        study.enqueue_trial(BASELINE, user_attrs={"seed": seed + number})  # waits for a worker
+        study.enqueue_trial(BASELINE, user_attrs={"seed": (seed + number) % 2**32})  # waits for a worker
     save_config(folder, options)
 
     # `objective` for each worker, with all but the trial fixed.

@@ -231,9 +231,7 @@ def run_child(name: str, run: Callable[[], None]) -> None:
 
     threading.Thread(target=end_with_parent, daemon=True).start()
     tqdm.set_lock(threading.RLock())  # its own lock is for several processes, and a kill would leave it in the system
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # a terminal sends Ctrl-C to all processes, and the parent ends this one
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all, and the parent ends this one
     with one_line_errors(name), storage_errors():
         run()
 

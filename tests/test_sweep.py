@@ -146,10 +146,11 @@ def test_study_is_reproducible_continued_and_reported(script, tmp_path: Path):
     assert full.returncode == 0, full.stderr
 
 
-def test_two_workers_keep_the_total_exactly(script, tmp_path: Path):
-    result = script("sweep.py", "--n_trials", 3, "--workers", 2, *SHORT)
+def test_two_workers_keep_the_total_exactly_also_with_the_largest_seed(script, tmp_path: Path):
+    result = script("sweep.py", "--n_trials", 3, "--workers", 2, "--seed", 2**32 - 1, *SHORT)
     assert result.returncode == 0, result.stderr
-    assert len(finished(load(sqlite(tmp_path)))) == 3
+    trials = finished(load(sqlite(tmp_path)))
+    assert [trial.user_attrs["seed"] for trial in trials] == [2**32 - 1, 0, 1]
 
 
 def test_workers_share_the_threads(tmp_path: Path):
