@@ -252,7 +252,7 @@ def in_sentence(page: str, sentence: str) -> list[float]:
         ("docs/tuning.md", r"TPE is ahead by ([\d.]+) ± ([\d.]+) points", "docs/tuning.md", "TPE, pruned"),
         ("README.md", r"accuracy is ([\d.]+) % after (\d+) s", "docs/accuracy.md", "26 epochs, normalization"),
         ("docs/accuracy.md", r"reaches ([\d.]+) % after (\d+) s", "docs/accuracy.md", "26 epochs, normalization"),
-        ("docs/accuracy.md", r"what it takes (\d+) s for", "docs/accuracy.md", "100 epochs, normalization"),
+        ("docs/accuracy.md", r"They take (\d+) s", "docs/accuracy.md", "100 epochs, normalization"),
         ("docs/accuracy.md", r"by ([\d.]+) ± ([\d.]+) points. Its", "docs/accuracy.md", "40 epochs, taught"),
         ("docs/accuracy.md", r"averages\*\* end at ([\d.]+) %. On (\d+)", "docs/accuracy.md", "average of five: 100"),
         ("README.md", r"the usual example needs (\d+) s", "docs/speed.md", "usual example, batches of 64 | 9"),
@@ -267,6 +267,8 @@ def test_figure_of_a_sentence_stands_in_its_table(page: str, sentence: str, tabl
 @pytest.mark.parametrize(
     ("page", "sentence", "column", "row", "base"),
     [
+        ("speed", r"adds ([\d.]+) ms", 2, "callbacks, logger and bar", "bare PyTorch loop, augmented"),
+        ("speed", r"hooks take ([\d.]+) of", 2, "Lightning with", "bare PyTorch loop, augmented"),
         ("speed", r"they bring ([\d.]+) points", 2, "one-cycle schedule", "usual example, batches of 512 | 9"),
         ("speed", r"augmentation brings ([\d.]+) points", 2, "augmentation on the device | 9", "images as tensors | 9"),
         ("tuning", r"best five are better by ([\d.]+) points", 4, "True", "False"),
