@@ -11,6 +11,8 @@ warnings.filterwarnings("ignore", ".*does not have many workers")
 # Whoever passes overfit_batches wants the same batches again and again, and metrics once per epoch.
 warnings.filterwarnings("ignore", ".*requested to overfit but enabled .* dataloader shuffling")
 warnings.filterwarnings("ignore", ".*is smaller than the logging interval")
+# Who asks for the CPU knows it, and initialization.py asks for it, as its layers are small.
+warnings.filterwarnings("ignore", "GPU available but not used")
 # Lightning calls what PyTorch has deprecated; the next release of Lightning may not.
 warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated")
 # Optuna calls its pictures and its retries experimental; requirements.txt bounds the version.

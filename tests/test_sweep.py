@@ -191,7 +191,8 @@ def retried(study: optuna.Study) -> list[int]:
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
 def test_trial_of_a_killed_worker_is_run_again(kind: str, tmp_path: Path, request: pytest.FixtureRequest):
     storage = f"sqlite:///{tmp_path}/study.db" if kind == "sqlite" else request.getfixturevalue("postgresql")
-    options = ["--storage", storage, "--n_trials", "6", "--workers", "2", "--max_epochs", "1"]
+    # On a GPU the first worker might end all six before the second one is there.
+    options = ["--storage", storage, "--n_trials", "6", "--workers", "2", "--max_epochs", "1", "--accelerator", "cpu"]
     sweeping = start_script(tmp_path, "sweep.py", *options)
     running = wait_for_two(sweeping, storage)  # one for each, so that the child has one to lose
     os.kill(child_of(sweeping), signal.SIGKILL)
@@ -210,7 +211,8 @@ def test_trial_of_a_killed_worker_is_run_again(kind: str, tmp_path: Path, reques
 
 def test_worker_that_was_stopped_goes_on(tmp_path: Path):
     storage = f"sqlite:///{tmp_path}/study.db"
-    options = ["--storage", storage, "--n_trials", "6", "--workers", "2", "--max_epochs", "1"]
+    # On a GPU the first worker might end all six before the second one is there.
+    options = ["--storage", storage, "--n_trials", "6", "--workers", "2", "--max_epochs", "1", "--accelerator", "cpu"]
     sweeping = start_script(tmp_path, "sweep.py", *options)
     wait_for_two(sweeping, storage)
     os.kill(sweeping.pid, signal.SIGSTOP)  # the child was tried by hand
