@@ -5,7 +5,7 @@ python main.py --help
 python main.py --config logs/main/version_0/config.yaml    (the same run again)
 
 Read the body of `main` from top to bottom: data, model, Lightning module, folder and logger, callbacks, Trainer. The
-README explains them in this order. The parameters of `main` are the options of the command line, and its docstring is
+README explains them. The parameters of `main` are the options of the command line, and its docstring is
 the help. "Without ours" gives the line that one would write with Lightning alone.
 """
 

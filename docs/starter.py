@@ -17,7 +17,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-SIZE = 64  # images of any size are cut to squares of so many pixels
+SIZE = 64  # images of any size are resized, and cut to squares of so many pixels
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of photographs: ImageNet's red, green and blue
 TO_TENSOR = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
 PLAIN = v2.Compose([v2.Resize(SIZE), v2.CenterCrop(SIZE), *TO_TENSOR])

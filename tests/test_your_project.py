@@ -231,8 +231,9 @@ def test_images_are_split(run_block: Callable, folder: Path):
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_bytes(path.read_bytes())
     run_block("Start with one file", ('"data"', '"split"'))
-    counts = {name: len(list((folder / "split" / name).glob("*/*"))) for name in ("train", "val", "test")}
-    assert counts == {"train": 114, "val": 15, "test": 15}  # of 144
+    for split, count in {"train": 38, "val": 5, "test": 5}.items():  # of 48 images of each class
+        counts = {path.name: len(list(path.iterdir())) for path in (folder / "split" / split).iterdir()}
+        assert counts == {"zero": count, "one": count, "seven": count}
     copied = {path.read_bytes() for path in (folder / "split").glob("*/*/*")}
     assert copied == {path.read_bytes() for path in (folder / "images").glob("*/*")}
 
@@ -269,6 +270,7 @@ def test_images_in_memory_are_the_same(run_block: Callable, folder: Path):
     shown = re.search(r"```text\n(files .+?)```", PAGE, re.DOTALL)[1]
     assert without_numbers(printed) == without_numbers(shown)
     memory, files = names["ImagesInMemory"]("data"), names["ImageData"]("data", num_workers=0)
+    assert memory.train_set.classes == files.train_set.classes  # starter.py asks for them
     for ours, usual in zip(memory.val_dataloader(), files.val_dataloader(), strict=True):
         assert torch.equal(ours[0], usual[0])
         assert torch.equal(ours[1], usual[1])
