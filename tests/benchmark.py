@@ -659,6 +659,10 @@ def publish_region(trials: list[FrozenTrial]) -> None:
     axes = plots.plot_slice(study, params=["batch_norm", "depth", "dropout", "hidden_size_0", "learning_rate"])
     shown = (0.96, study.best_value + 0.001)  # worse ones leave the picture
     axes[0].set(ylim=shown, ylabel="validation accuracy")
+    for axis in axes:  # Optuna's colors are the order of the trials, which says nothing of several searches
+        axis.collections[0].set_array(None)
+        axis.collections[0].set_facecolor("tab:blue")
+    axes[0].figure.axes[-1].remove()
     axes[0].figure.suptitle("")
     save(axes[0].figure, "slice", (13, 4))
 
