@@ -67,7 +67,7 @@ def main(
         weight_decay: Decoupled weight decay of AdamW.
         label_smoothing: Fraction of the target that training spreads over all classes.
         augment: Rotate, stretch, shear and shift each training image a little.
-        elastic: Also bend each of them, by noise of so many pixels; for long runs, such as 0.5 in 100 epochs.
+        elastic: Also bend each of them, by noise of so many pixels. docs/accuracy.md measures what that brings.
         batch_size: Images of a batch, on each device.
         max_epochs: Passes over the training images.
         patience: Epochs without a better validation accuracy after which to stop early; not with overfit_batches.
