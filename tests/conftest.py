@@ -65,6 +65,16 @@ def script(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
     return run
 
 
+def run_python(folder: Path, *words: object, timeout: float = 120) -> subprocess.CompletedProcess:
+    """Runs Python in a folder, with the modules of this repository."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    command = [sys.executable, *map(str, words)]
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
 def start_script(folder: Path, name: str, *options: object) -> subprocess.Popen:
     """Starts a script of this repository in a folder, as the first process of a group that Ctrl-C or a kill reaches."""
     command = [sys.executable, str(ROOT / name), *map(str, options)]

@@ -2,7 +2,6 @@
 
 import inspect
 import math
-import os
 import re
 import signal
 import subprocess
@@ -25,7 +24,7 @@ from common.initializers import INITIALIZATIONS, initialize
 from common.model import MLP
 from common.plots import draw_depth, draw_histograms
 from common.theory import backward_moments, forward_moments
-from tests.conftest import DATA, ROOT, assert_one_line_error, read_events
+from tests.conftest import DATA, ROOT, assert_one_line_error, read_events, run_python
 
 LN_10 = math.log(10)
 PAGE = (ROOT / "docs/initialization.md").read_text()
@@ -437,11 +436,8 @@ run_from_command_line(initialization.main)
 
 def test_interrupt_while_a_value_is_logged_ends_at_once(tmp_path):
     (tmp_path / "interrupted.py").write_text(INTERRUPTED)
-    command, environment = [sys.executable, "interrupted.py", *SMALL], os.environ | {"PYTHONPATH": str(ROOT)}
     # TensorBoard's thread would sleep for another two minutes.
-    ended = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False
-    )
+    ended = run_python(tmp_path, "interrupted.py", *SMALL, timeout=60)
     assert ended.returncode == 130, ended.stderr
     assert "Traceback" not in ended.stderr
     assert "interrupted; the results so far:\n\ntanh" in ended.stdout

@@ -1,7 +1,6 @@
 """The README and every other page: code runs or stands in the repository, commands run, what is named is there."""
 
 import functools
-import os
 import re
 import shlex
 import subprocess
@@ -17,7 +16,7 @@ import pytorch_lightning as pl
 from common.classifier import Classifier
 from common.data import MNISTDataModule
 from common.model import MLP
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run_python
 from tests.test_classifier import QUIET
 
 README = (ROOT / "README.md").read_text()
@@ -131,15 +130,7 @@ def test_python_block_runs(block: dict, folder: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(folder)
     if re.search("ddp_(fork|notebook)", block["text"]):
         # On its own, as the reader would: where the tests have used a GPU, this process can no longer be forked.
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        result = subprocess.run(
-            [sys.executable, "-c", block["text"]],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
+        result = run_python(folder, "-c", block["text"])
         assert result.returncode == 0, result.stderr
         return
     exec(compile(block["text"], by_line(block), "exec"), {"__name__": "__main__"})

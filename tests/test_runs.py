@@ -28,7 +28,7 @@ from common.data import MNISTDataModule
 from common.model import MLP
 from common.runs import MAY_CHANGE, AtomicCheckpointIO, ResumeCheckpoint, open_run, resumable_step
 from main import main
-from tests.conftest import DATA, ROOT, assert_one_line_error, read_events
+from tests.conftest import DATA, ROOT, assert_one_line_error, read_events, run_python
 from tests.test_classifier import QUIET
 
 # Small, so that little time is spent on training, and with dropout, which needs the random state.
@@ -141,11 +141,7 @@ run_from_command_line(main, sys.argv[3:])
 
 
 def signaled_while_it_logs(folder: Path, number: signal.Signals, *options: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-c", SIGNALED_WHILE_IT_LOGS, int(number), *options]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        list(map(str, command)), cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
+    return run_python(folder, "-c", SIGNALED_WHILE_IT_LOGS, int(number), *options)
 
 
 def test_kill_before_an_epoch_is_logged_leaves_no_gap_in_the_log(script, tmp_path: Path):
@@ -302,8 +298,7 @@ def test_checkpoint_is_whole_after_a_power_cut(tmp_path: Path):
     ):
         pytest.skip("a disk of one's own needs root and loop devices")
     try:
-        command = [sys.executable, "-c", SAVE, disk / "last.ckpt"]
-        subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        run_python(tmp_path, "-c", SAVE, disk / "last.ckpt").check_returncode()
         shutil.copy(image, copy)
     finally:
         subprocess.run(["umount", disk], check=True)
@@ -661,11 +656,7 @@ run_from_command_line(main.main)
 def test_loss_that_is_not_finite_on_one_process_ends_all(tmp_path: Path):
     (tmp_path / "poisoned.py").write_text(POISONED)
     two = ("--devices", 2, "--strategy", "ddp")
-    command = [sys.executable, "poisoned.py", *SMALL, *two]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    result = subprocess.run(
-        list(map(str, command)), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
+    result = run_python(tmp_path, "poisoned.py", *SMALL, *two)
     # One batch of the second epoch was bad, and only one of the processes had it.
     last = tmp_path / "logs/main/version_0/checkpoints/last.ckpt"
     assert result.returncode == 2
@@ -697,11 +688,7 @@ run_from_command_line(main.main)
 
 def test_error_of_one_process_is_said_by_that_one(tmp_path: Path):
     (tmp_path / "failing.py").write_text(FAILS_ON_RANK_1)
-    command = [sys.executable, "failing.py", *SMALL, "--devices", 2, "--strategy", "ddp"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    result = subprocess.run(
-        list(map(str, command)), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
+    result = run_python(tmp_path, "failing.py", *SMALL, "--devices", 2, "--strategy", "ddp")
     assert result.returncode != 0
     assert "error: rank 1: the disk of this machine is gone" in result.stderr
     assert "Traceback" not in result.stderr

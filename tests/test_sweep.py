@@ -27,6 +27,8 @@ from sweep import main as sweep
 from tests.conftest import DATA, assert_one_line_error, read_events, start_script
 
 SHORT = ("--max_epochs", 1)
+# On a GPU the first worker might end all six before the second one is there.
+SIX_TRIALS = ("--n_trials", 6, "--workers", 2, "--accelerator", "cpu", *SHORT)
 
 
 def load(storage: str) -> optuna.Study:
@@ -191,9 +193,7 @@ def retried(study: optuna.Study) -> list[int]:
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
 def test_trial_of_a_killed_worker_is_run_again(kind: str, tmp_path: Path, request: pytest.FixtureRequest):
     storage = f"sqlite:///{tmp_path}/study.db" if kind == "sqlite" else request.getfixturevalue("postgresql")
-    # On a GPU the first worker might end all six before the second one is there.
-    options = ["--storage", storage, "--n_trials", "6", "--workers", "2", "--max_epochs", "1", "--accelerator", "cpu"]
-    sweeping = start_script(tmp_path, "sweep.py", *options)
+    sweeping = start_script(tmp_path, "sweep.py", "--storage", storage, *SIX_TRIALS)
     running = wait_for_two(sweeping, storage)  # one for each, so that the child has one to lose
     os.kill(child_of(sweeping), signal.SIGKILL)
     _, errors = sweeping.communicate(timeout=300)
@@ -211,9 +211,7 @@ def test_trial_of_a_killed_worker_is_run_again(kind: str, tmp_path: Path, reques
 
 def test_worker_that_was_stopped_goes_on(tmp_path: Path):
     storage = f"sqlite:///{tmp_path}/study.db"
-    # On a GPU the first worker might end all six before the second one is there.
-    options = ["--storage", storage, "--n_trials", "6", "--workers", "2", "--max_epochs", "1", "--accelerator", "cpu"]
-    sweeping = start_script(tmp_path, "sweep.py", *options)
+    sweeping = start_script(tmp_path, "sweep.py", "--storage", storage, *SIX_TRIALS)
     wait_for_two(sweeping, storage)
     os.kill(sweeping.pid, signal.SIGSTOP)  # the child was tried by hand
     # Until the other one takes it for dead, which it cannot do if the first one was stopped in a transaction.
