@@ -10,7 +10,7 @@ slope. Where such a factor is clearly below 1, signal or gradient vanish with de
 explode; only the outputs of tanh cannot, as they saturate.
 
 Read `run_scheme` first: one training, with callbacks that measure it. Then `main`, which compares all schemes.
-The schemes are in common/initializers.py. docs/initialization.md explains the results.
+The schemes are in common/for_initialization/schemes.py. docs/initialization.md explains the results.
 """
 
 import logging
@@ -28,16 +28,15 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from tqdm import tqdm
 
-from common.activations import DEFECTS, ActivationHistogramCallback, LossCurveCallback, Result
 from common.callbacks import GradientHistogramCallback, MetricsCallback
 from common.classifier import Classifier
-from common.cli import Seed, run_from_command_line, save_config
+from common.cli import Seed, make_version, run_from_command_line, save_config
 from common.data import DATA_DIR, MNISTDataModule
-from common.initializers import INITIALIZATIONS, initialize
+from common.for_initialization.pictures import save_pictures
+from common.for_initialization.recorder import DEFECTS, ActivationHistogramCallback, LossCurveCallback, Result
+from common.for_initialization.schemes import INITIALIZATIONS, initialize
+from common.for_initialization.theory import predict_stds
 from common.model import MLP
-from common.plots import save_pictures
-from common.runs import make_version
-from common.theory import predict_stds
 
 Scheme = Literal[tuple(INITIALIZATIONS)]
 

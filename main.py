@@ -18,13 +18,13 @@ from pytorch_lightning.callbacks import EarlyStopping, LearningRateMonitor, Mode
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
 
-from common.activations import ActivationHistogramCallback
 from common.callbacks import FiniteLossCallback, GradientHistogramCallback, MetricsCallback, TestPicturesCallback
 from common.classifier import Classifier
 from common.cli import Fraction, Seed, run_from_command_line
 from common.data import DATA_DIR, MNISTDataModule
+from common.for_initialization.recorder import ActivationHistogramCallback
+from common.for_main import AtomicCheckpointIO, ResumeCheckpoint, open_run
 from common.model import MLP
-from common.runs import AtomicCheckpointIO, ResumeCheckpoint, open_run
 
 
 def main(

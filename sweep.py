@@ -5,8 +5,8 @@ python sweep.py --workers 2
 python sweep.py --storage postgresql+psycopg://user@host/database    (the same command on each machine)
 
 For one process, `optuna.create_study(direction="maximize")` and `study.optimize(objective, n_trials=20)` would do.
-Read the search space first, then `objective`, which trains one trial. `common/study.py` makes these two calls for
-several workers.
+Read the search space first, then `objective`, which trains one trial. `common/for_sweep/study.py` makes these two calls
+for several workers.
 """
 
 import inspect
@@ -28,9 +28,9 @@ from common.callbacks import FiniteLossCallback, MetricsCallback
 from common.classifier import Classifier
 from common.cli import Seed, run_from_command_line, save_config
 from common.data import DATA_DIR, MNISTDataModule
+from common.for_sweep.report import report
+from common.for_sweep.study import counted_trials, open_study, run_workers, storage_errors, storage_url, without_secrets
 from common.model import MLP
-from common.report import report
-from common.study import counted_trials, open_study, run_workers, storage_errors, storage_url, without_secrets
 
 
 def suggest_hyperparameters(trial: optuna.Trial) -> dict[str, Any]:

@@ -1,5 +1,8 @@
 """The parts that `main.py`, `sweep.py` and `initialization.py` share: data → model → Lightning module → callbacks.
 
+To learn, read the files without `for_` in their name: `data.py`, `model.py`, `classifier.py`, `callbacks.py`. `cli.py`
+turns a function into a command. What is named `for_` serves one script: open it when that script is in question.
+
 Importing it silences the warnings and messages below: each one by its text and for a reason, so that a new one shows.
 """
 
@@ -17,7 +20,7 @@ warnings.filterwarnings("ignore", "GPU available but not used")
 warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated")
 # Optuna calls its pictures and its retries experimental; requirements.txt bounds the version.
 warnings.filterwarnings("ignore", ".* is (an )?experimental")
-# common/study.py asks for trials outside of study.optimize, and sends the heartbeats as that does.
+# common/for_sweep/study.py asks for trials outside of study.optimize, and sends the heartbeats as that does.
 warnings.filterwarnings("ignore", "Heartbeat of storage is supposed to be used")
 # A study of few trials makes poor pictures, but they improve as it goes on.
 warnings.filterwarnings("ignore", "Attempting to set identical low and high .*lims")

@@ -7,6 +7,7 @@ import sys
 from argparse import Action
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -86,6 +87,22 @@ def run_from_command_line(main: Callable[..., object], arguments: Sequence[str] 
     options = {name: os.path.expanduser(value) if isinstance(value, str) else value for name, value in options.items()}
     with one_line_errors(parser.prog):
         main(**options)
+
+
+def versions(parent: Path) -> dict[int, Path]:
+    """Finds the folders `version_N` by their number."""
+    numbers = {path: path.name.removeprefix("version_") for path in parent.glob("version_*")}
+    return {int(number): path for path, number in numbers.items() if number.isdecimal()}
+
+
+def make_version(parent: Path) -> Path:
+    """Makes the folder `version_N` of the next free number, which another run may take at the same moment."""
+    for version in count(max(versions(parent), default=-1) + 1):
+        try:
+            (folder := parent / f"version_{version}").mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
 
 
 def save_config(folder: Path, options: dict[str, Any]) -> None:

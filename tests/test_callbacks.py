@@ -22,7 +22,6 @@ from torchmetrics.functional.classification import (
     multiclass_f1_score,
 )
 
-from common.activations import ActivationHistogramCallback, LossCurveCallback
 from common.callbacks import (
     FiniteLossCallback,
     GradientHistogramCallback,
@@ -32,6 +31,7 @@ from common.callbacks import (
 )
 from common.classifier import Classifier
 from common.data import MNISTDataModule
+from common.for_initialization.recorder import ActivationHistogramCallback, LossCurveCallback
 from common.model import MLP
 from tests.conftest import DATA, read_events
 from tests.test_classifier import QUIET

@@ -18,12 +18,12 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
 import initialization
-from common.activations import ActivationHistogramCallback
 from common.data import MNISTDataModule
-from common.initializers import INITIALIZATIONS, initialize
+from common.for_initialization.pictures import draw_depth, draw_histograms
+from common.for_initialization.recorder import ActivationHistogramCallback
+from common.for_initialization.schemes import INITIALIZATIONS, initialize
+from common.for_initialization.theory import backward_moments, forward_moments
 from common.model import MLP
-from common.plots import draw_depth, draw_histograms
-from common.theory import backward_moments, forward_moments
 from tests.conftest import DATA, ROOT, assert_one_line_error, read_events, run_python
 
 LN_10 = math.log(10)

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from common.report import at_an_end, draw_intermediate_values, report
+from common.for_sweep.report import at_an_end, draw_intermediate_values, report
 
 
 def drawn(*trials: tuple[str, list[float]]) -> Axes:

@@ -25,8 +25,8 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from common.callbacks import FiniteLossCallback
 from common.classifier import Classifier
 from common.data import MNISTDataModule
+from common.for_main import MAY_CHANGE, AtomicCheckpointIO, ResumeCheckpoint, open_run, resumable_step
 from common.model import MLP
-from common.runs import MAY_CHANGE, AtomicCheckpointIO, ResumeCheckpoint, open_run, resumable_step
 from main import main
 from tests.conftest import DATA, ROOT, assert_one_line_error, read_events, run_python
 from tests.test_classifier import QUIET
@@ -251,7 +251,7 @@ def test_resumed_run_of_two_processes_ends_with_the_same_bits(script, tmp_path: 
 def test_kill_while_a_checkpoint_is_written_leaves_a_whole_one(tmp_path: Path):
     path = tmp_path / "last.ckpt"
     program = (
-        "import sys, torch; from common.runs import AtomicCheckpointIO\n"
+        "import sys, torch; from common.for_main import AtomicCheckpointIO\n"
         "for i in range(10**6):\n"
         "    checkpoint = {'weights': torch.full((5_000_000,), i)}\n"
         "    AtomicCheckpointIO().save_checkpoint(checkpoint, sys.argv[1])\n"
@@ -273,7 +273,7 @@ def test_kill_while_a_checkpoint_is_written_leaves_a_whole_one(tmp_path: Path):
 SAVE = """
 import os, sys, torch
 from pathlib import Path
-from common.runs import AtomicCheckpointIO
+from common.for_main import AtomicCheckpointIO
 
 AtomicCheckpointIO().save_checkpoint({"weights": torch.ones(1000)}, sys.argv[1])
 # Any program that syncs a file of its own brings the new name to the disk, though perhaps not what is behind it.

@@ -24,7 +24,7 @@ from torch import nn
 
 import sweep
 from common.cli import one_line_errors
-from common.study import (
+from common.for_sweep.study import (
     counted_trials,
     open_study,
     run_trial,
@@ -273,7 +273,7 @@ def hang(trial: optuna.Trial) -> float:
 ALONE = """
 import sys
 from functools import partial
-from common.study import run_workers
+from common.for_sweep.study import run_workers
 from tests.test_study import hang, open_quick
 
 if __name__ == "__main__":

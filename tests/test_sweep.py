@@ -20,7 +20,7 @@ from optuna.trial import TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from common.classifier import Classifier
-from common.study import run_trial
+from common.for_sweep.study import run_trial
 from main import main
 from sweep import BASELINE, objective, suggest_hyperparameters
 from sweep import main as sweep

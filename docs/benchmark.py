@@ -1,7 +1,7 @@
 """Measures what the documentation says of speed and accuracy, and writes its tables.
 
-python -m tests.benchmark           (all of them, some hours on 2 cores)
-python -m tests.benchmark speed     (one of speed, time, seeds, long, accuracy, workers, search)
+python -m docs.benchmark           (all of them, some hours on 2 cores)
+python -m docs.benchmark speed     (one of speed, time, seeds, long, accuracy, workers, search)
 
 Machines are noisy, so programs that are compared take turns where a table gives a range. What counts is the ratio.
 """
@@ -39,13 +39,13 @@ from torch.utils.data import DataLoader, random_split
 from torchvision.datasets import MNIST
 from torchvision.transforms import Compose, Normalize, ToTensor
 
-import common.study
+import common.for_sweep.study
 import sweep
 from common.callbacks import GradientHistogramCallback, MetricsCallback, TestPicturesCallback
 from common.classifier import Classifier
 from common.data import DATA_DIR, MEAN, STD, TRAIN_SIZE, VAL_SIZE, MNISTDataModule, random_affine
+from common.for_sweep.report import at_an_end, command_line, is_baseline
 from common.model import MLP
-from common.report import at_an_end, command_line, is_baseline
 from tests.conftest import ROOT, read_events
 
 PAGES = [ROOT / "README.md", *(ROOT / f"docs/{name}.md" for name in ("speed", "accuracy", "tuning"))]
@@ -308,7 +308,7 @@ def to_accuracy() -> None:
     for shown, name in [*programs.items(), ("`main.py`", None)]:
         folder = tempfile.mkdtemp()
         if name:
-            call = f"from tests.benchmark import reference; reference({name!r}, {folder!r})"
+            call = f"from docs.benchmark import reference; reference({name!r}, {folder!r})"
             reached, test = curve("-c", call, folder=folder)
         else:
             reached, test = curve("main.py", "--seed", "1", "--log_dir", folder, folder=folder)
@@ -337,7 +337,7 @@ def seeds() -> None:
 
     def usual(name: str) -> float:
         call = f"reference({name!r}, {tempfile.mkdtemp()!r}, epochs=3)"
-        return command("-c", f"from tests.benchmark import reference; {call}")[1]
+        return command("-c", f"from docs.benchmark import reference; {call}")[1]
 
     times = alternate(
         len(SEEDS),
@@ -447,7 +447,7 @@ def accuracy_ladder() -> None:
 
     def run(name: str, seed: int, **environment: str) -> tuple[float, float]:
         if name == TAUGHT:
-            return trained("-c", f"from tests.benchmark import distill; distill({folder!r}, {seed})", **environment)
+            return trained("-c", f"from docs.benchmark import distill; distill({folder!r}, {seed})", **environment)
         options = [*LADDER[name].split(), "--seed", str(seed), "--log_dir", place(folder, name, seed)]
         return trained("main.py", *options, **environment)
 
@@ -486,7 +486,7 @@ def publish_accuracy(folder: str, tests: dict[str, list[float]], seconds: dict[s
 
 def open_study(folder: str, max_epochs: int) -> optuna.Study:
     url = URL.create("sqlite", database=f"{folder}/optuna.db")
-    return common.study.open_study(url, "mnist", sweep.PRUNER, sweep.suggest_hyperparameters, max_epochs)
+    return common.for_sweep.study.open_study(url, "mnist", sweep.PRUNER, sweep.suggest_hyperparameters, max_epochs)
 
 
 def random_trials(count: int) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from optuna.importance import PedAnovaImportanceEvaluator
 from optuna.trial import FrozenTrial, TrialState
 from optuna.visualization import matplotlib as plots
 
-from common.study import SearchSpace, counted_trials
+from common.for_sweep.study import SearchSpace, counted_trials
 
 
 def report(study: optuna.Study, search_space: SearchSpace, folder: Path, options: dict[str, Any]) -> bool:

@@ -136,8 +136,8 @@ class Result:
 
     All but `losses` and `accuracy` are of the first batch, at step 0. `measured_stds` and `predicted_stds` are standard
     deviations of the pre-activations and of the loss's gradients with respect to them, where the logits are a layer
-    too; what is predicted comes from `common/theory.py`. `activation_stds` and `defects` are of the hidden layers.
-    `samples` has the activations and gradients of a few hidden layers, counted from 1.
+    too; what is predicted comes from `theory.py` beside this file. `activation_stds` and `defects` are of the hidden
+    layers. `samples` has the activations and gradients of a few hidden layers, counted from 1.
     """
 
     activation: str

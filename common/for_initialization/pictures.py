@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from common.activations import Result
-from common.initializers import INITIALIZATIONS
+from common.for_initialization.recorder import Result
+from common.for_initialization.schemes import INITIALIZATIONS
 
 
 def save_pictures(results: list[Result], folder: Path) -> list[Path]:

@@ -3,7 +3,6 @@
 import io
 import os
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from common.cli import save_config
+from common.cli import make_version, save_config, versions
 
 # Options that a resumed run may change. All others decide what a step computes, or how many steps there are.
 MAY_CHANGE = {"accelerator", "strategy", "patience", "profiler", "activation_histograms"}
@@ -64,22 +63,6 @@ def open_run(parent: Path, options: dict[str, Any]) -> Run:
     if version is None or ckpt_path is None:
         save_config(folder, options | {"ckpt_path": ckpt_path})
     return Run(int(folder.name.removeprefix("version_")), ckpt_path, step, lock)
-
-
-def versions(parent: Path) -> dict[int, Path]:
-    """Finds the folders `version_N` by their number."""
-    numbers = {path: path.name.removeprefix("version_") for path in parent.glob("version_*")}
-    return {int(number): path for path, number in numbers.items() if number.isdecimal()}
-
-
-def make_version(parent: Path) -> Path:
-    """Makes the folder `version_N` of the next free number, which another run may take at the same moment."""
-    for version in count(max(versions(parent), default=-1) + 1):
-        try:
-            (folder := parent / f"version_{version}").mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            continue
 
 
 def resumable_step(path: str, options: dict[str, Any]) -> int:
