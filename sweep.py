@@ -1,35 +1,32 @@
-"""Searches the hyperparameters of `main.py` with Optuna, from one process to many machines.
+"""Searches the hyperparameters of `main.py` with Optuna.
 
 python sweep.py
-python sweep.py --workers 2
-python sweep.py --storage postgresql+psycopg://user@host/database    (the same command on each machine)
+python sweep.py --storage postgresql+psycopg://user@host/database
 
-For one process, `optuna.create_study(direction="maximize")` and `study.optimize(objective, n_trials=20)` would do.
+Several workers share a search: start the same command in another terminal, or with one database on other machines.
+
+For a single one, `optuna.create_study(direction="maximize")` and `study.optimize(objective, n_trials=20)` would do.
 Read the search space first, then `objective`, which trains one trial. `common/for_sweep/study.py` makes these two calls
 for several workers.
 """
 
-import inspect
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
 
 import optuna
 import pytorch_lightning as pl
-import torch
 from jsonargparse.typing import PositiveFloat, PositiveInt
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger
-from sqlalchemy import URL
 
 from common.callbacks import FiniteLossCallback, MetricsCallback
 from common.classifier import Classifier
 from common.cli import Seed, run_from_command_line, save_config
 from common.data import DATA_DIR, MNISTDataModule
 from common.for_sweep.report import report
-from common.for_sweep.study import counted_trials, open_study, run_workers, storage_errors, storage_url, without_secrets
+from common.for_sweep.study import counted_trials, open_study, run_trials, storage_errors, storage_url, without_secrets
 from common.model import MLP
 
 
@@ -86,24 +83,16 @@ class PruningCallback(pl.Callback):
 
 
 def objective(
-    trial: optuna.Trial,
-    data_dir: str,
-    folder: Path,
-    max_epochs: int,
-    patience: int,
-    seed: int,
-    accelerator: str,
-    devices: int | list[int],
+    trial: optuna.Trial, data_dir: str, folder: Path, max_epochs: int, patience: int, seed: int, accelerator: str
 ) -> float:
     """Trains one trial as `main.py` would and returns its best validation accuracy, in [0, 1].
-
-    Optuna calls it with the trial alone; `main` fixes the rest.
 
     Raises:
         optuna.TrialPruned: if the pruner stopped it.
         FloatingPointError: if its loss was not finite. The trial counts as failed, and the study goes on.
     """
     chosen = suggest_hyperparameters(trial)
+    trial.set_user_attr("options", chosen)  # for the report
     seed = trial.user_attrs.get("seed", seed)  # only the baseline's trials bring their own
     pl.seed_everything(seed, verbose=False)
 
@@ -116,7 +105,7 @@ def objective(
     trainer = pl.Trainer(
         max_epochs=max_epochs,
         accelerator=accelerator,
-        devices=devices,
+        devices=1,  # by default a Trainer takes all GPUs, and starts the program once for each
         logger=logger,
         callbacks=[
             MetricsCallback(),  # logs accuracy/val, which the last three use
@@ -133,15 +122,22 @@ def objective(
     accuracy = checkpoint.best_model_score.item()
     logger.log_hyperparams(chosen, {"accuracy/best": accuracy})  # a row in TensorBoard's table of trials
     logger.save()
-    trial.set_user_attr("checkpoint", checkpoint.best_model_path)  # for the report
+    trial.set_user_attr("checkpoint", checkpoint.best_model_path)
     return accuracy
+
+
+def enqueue_baseline(study: optuna.Study, n_trials: int, seed: int) -> None:
+    """Asks for the trials of the baseline that the study has not had yet, before all others."""
+    had = [trial.user_attrs["seed"] for trial in counted_trials(study) if "seed" in trial.user_attrs]
+    seeds = [(seed + number) % 2**32 for number in range(min(BASELINE_TRIALS, n_trials))]
+    for missing in [seed for seed in seeds if seed not in had][: len(seeds) - len(had)]:
+        study.enqueue_trial(BASELINE, user_attrs={"seed": missing})
 
 
 @storage_errors()
 def main(
     n_trials: PositiveInt = 20,
     timeout: PositiveFloat = float("inf"),
-    workers: PositiveInt = 1,
     storage: str | None = None,
     study_name: str = "mnist",
     max_epochs: PositiveInt = 5,
@@ -154,14 +150,13 @@ def main(
     """Search hyperparameters for the MLP on MNIST; the same command again continues the study.
 
     Args:
-        n_trials: Trials of the whole study, over all workers, machines and earlier calls; raise it for more.
+        n_trials: Trials of the whole study, over all workers and earlier calls; raise it for more.
         timeout: Seconds after which no trial is started any more.
-        workers: Processes on this machine, each with its share of the cores.
         storage: Database URL of the study; one SQLite file in log_dir if none is given.
         study_name: Name of the study in the storage.
         max_epochs: Passes over the training images of a trial that is not stopped before.
         patience: Epochs without a better validation accuracy after which a trial stops early.
-        accelerator: Kind of device to train on. Each worker takes one, the GPUs in turn.
+        accelerator: Kind of device to train on.
         seed: Seed of the suggestions, the initial weights, the order of the images and dropout.
         data_dir: Folder of the MNIST files.
         log_dir: Folder for the storage, logs, checkpoints and pictures.
@@ -169,49 +164,28 @@ def main(
     options = dict(locals())  # all of the above by their names, for config.yaml
     parent = Path(log_dir, "sweep")
     parent.mkdir(parents=True, exist_ok=True)
+    url = storage_url(storage, parent)
     if storage:
-        url = storage_url(storage)
         options["storage"] = without_secrets(url)
         parent /= quote(options["storage"], safe="")  # studies in two databases may share a name
-    else:
-        url = URL.create("sqlite", database=str(parent / "optuna.db"))
     folder = parent / quote(study_name, safe="")
     MNISTDataModule(data_dir).prepare_data()  # here, so that missing data ends the program and not the first trial
 
-    # optuna.create_study(direction="maximize", load_if_exists=True), and a check of ours: it refuses a study of another
-    # search. A partial, because each worker calls it for itself.
-    open_this_study = partial(open_study, url, study_name, PRUNER, suggest_hyperparameters, max_epochs)
-    study = open_this_study()
-    for number in range(len(counted_trials(study.trials)), min(BASELINE_TRIALS, n_trials)):
-        study.enqueue_trial(BASELINE, user_attrs={"seed": (seed + number) % 2**32})  # waits for a worker
+    study = open_study(url, study_name, PRUNER, max_epochs)  # optuna.create_study(…, load_if_exists=True)
     save_config(folder, options)
+    enqueue_baseline(study, n_trials, seed)
 
-    # `objective` for each worker, with all but the trial fixed.
-    gpus = torch.cuda.device_count() if accelerator in ("auto", "gpu", "cuda") else 0
-    fixed = {"data_dir": data_dir, "folder": folder, "max_epochs": max_epochs, "patience": patience}
-    fixed |= {"seed": seed, "accelerator": accelerator}
-    objectives = [partial(objective, devices=device_of(worker, gpus), **fixed) for worker in range(workers)]
-    print_report = partial(report, study, suggest_hyperparameters, folder, options_of_main(options))
+    def train(trial: optuna.Trial) -> float:
+        return objective(trial, data_dir, folder, max_epochs, patience, seed, accelerator)
+
     try:
-        run_workers(open_this_study, objectives, n_trials, timeout, seed)
+        run_trials(study, train, n_trials, timeout, seed)  # study.optimize(train, n_trials), for several workers
     except (KeyboardInterrupt, SystemExit):  # Lightning turns Ctrl-C in a training into SystemExit
         print("\ninterrupted; the same command continues the study")
-        print_report()
+        report(study, folder)
         raise
-    if not print_report():
+    if not report(study, folder):
         sys.exit("no trial was completed")
-
-
-def device_of(worker: int, gpus: int) -> int | list[int]:
-    """A Trainer's `devices`: the GPUs in turn, counted from 0, or one device where there is no GPU."""
-    return [worker % gpus] if gpus else 1
-
-
-def options_of_main(options: dict[str, Any]) -> dict[str, Any]:
-    """The options that `main.py` has too, where they are not the default, which is the same in both."""
-    defaults = inspect.signature(main).parameters
-    names = ("accelerator", "seed", "data_dir", "log_dir")
-    return {name: options[name] for name in names if options[name] != defaults[name].default}
 
 
 if __name__ == "__main__":

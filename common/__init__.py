@@ -24,6 +24,6 @@ warnings.filterwarnings("ignore", ".* is (an )?experimental")
 warnings.filterwarnings("ignore", "Heartbeat of storage is supposed to be used")
 # A study of few trials makes poor pictures, but they improve as it goes on.
 warnings.filterwarnings("ignore", "Attempting to set identical low and high .*lims")
-warnings.filterwarnings("ignore", "The number of trials is too small|Some regimes for parameter")
+warnings.filterwarnings("ignore", "The number of trials is too small|Some regimes for parameter|Target and region")
 # Advertisements for other packages.
 logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(lambda record: "Tip:" not in str(record.msg))

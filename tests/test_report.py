@@ -1,5 +1,7 @@
 """The report on a study, of trials made up for it."""
 
+import importlib
+import warnings
 from pathlib import Path
 
 import optuna
@@ -8,6 +10,7 @@ from matplotlib.axes import Axes
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+import common
 from common.for_sweep.report import at_an_end, draw_intermediate_values, report
 
 
@@ -61,7 +64,7 @@ def test_every_complete_trial_is_in_the_picture_and_up_is_better(trials: list[tu
 
 def test_trials_that_fail_or_run_are_left_out():
     axis = drawn(("complete", [0.5]), ("fail", [0.4]))
-    assert len(axis.get_lines()) == 1
+    assert {float(y) for line in axis.get_lines() for y in line.get_ydata() if y == y} == {0.5}
 
 
 def ended(accuracy: float, seed: int | None = None, **params) -> FrozenTrial:
@@ -76,7 +79,7 @@ def ended(accuracy: float, seed: int | None = None, **params) -> FrozenTrial:
     }
     params = {"learning_rate": 1e-3, "dropout": 0.1, "hidden_size": 256, "depth": 2, "activation": "relu"} | params
     params["patience"] = 4
-    attributes = {"checkpoint": "best.ckpt"} | ({} if seed is None else {"seed": seed})
+    attributes = {"checkpoint": "best.ckpt", "options": params} | ({} if seed is None else {"seed": seed})
     return create_trial(value=accuracy, params=params, distributions=distributions, user_attrs=attributes)
 
 
@@ -99,10 +102,19 @@ def test_end_of_a_range_that_all_have(name: str, values: tuple[float | str, ...]
     assert at_an_end([ended(0.9, **{name: value}) for value in values]) == ({name: end} if end else {})
 
 
+@pytest.mark.parametrize(
+    ("depths", "ends"),
+    [((3, 3, 3, 1), {"depth": "upper"}), ((3, 3, 1, 3), {}), ((3, 3), {}), ((), {})],
+)
+def test_the_best_three_say_where_a_range_ends(depths: tuple[int, ...], ends: dict[str, str]):
+    baseline = ended(0.995, seed=1, depth=1)
+    assert at_an_end([baseline, *(ended(0.99 - rank / 100, depth=depth) for rank, depth in enumerate(depths))]) == ends
+
+
 def report_on(folder: Path, trials: list[FrozenTrial]) -> None:
     study = optuna.create_study(direction="maximize")
     study.add_trials(trials)
-    assert report(study, lambda trial: trial.params, folder, {})
+    assert report(study, folder)
 
 
 def test_report_measures_leads_by_the_scatter_of_seeds(tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -121,9 +133,21 @@ best trial:       99.50%
     assert "                  1.00 points ahead of the baseline\n" in printed
 
 
-def test_report_names_the_ends_that_the_search_has_found(tmp_path: Path, capsys: pytest.CaptureFixture):
-    report_on(tmp_path, [ended(0.97, 1, depth=1), ended(0.98, depth=3), ended(0.99, depth=3)])
+def test_report_names_what_the_search_has_found(tmp_path: Path, capsys: pytest.CaptureFixture):
+    report_on(tmp_path, [ended(0.97, 1, depth=1), *(ended(0.98 + rank / 1000, depth=3) for rank in range(6))])
     printed = capsys.readouterr().out
+    assert "trials: 7 complete\n" in printed
     assert "at an end:        depth, the upper one of its range: widen it, under another --study_name\n" in printed
-    report_on(tmp_path, [ended(0.97, 1, depth=1)])  # nobody has searched for the baseline's depth
-    assert "at an end:" not in capsys.readouterr().out
+    rows = [line.split()[:2] for line in printed.splitlines() if "relu" in line and "%" in line]
+    assert rows == [["6", "98.50%"], ["5", "98.40%"], ["4", "98.30%"], ["3", "98.20%"], ["2", "98.10%"]]
+    assert "full length:      python main.py --learning_rate 0.001 --dropout 0.1 --hidden_size 256 --depth 3" in printed
+
+
+def test_study_without_a_trial_and_with_few_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture):
+    assert not report(optuna.create_study(direction="maximize"), tmp_path)
+    assert capsys.readouterr().out == "\ntrials: none\n"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        importlib.reload(common)  # which silences what is known; pytest has set filters of its own
+        report_on(tmp_path, [ended(0.97, dropout=0.1 * number) for number in range(3)])
+    assert not [str(warning.message) for warning in caught]

@@ -2,12 +2,8 @@
 
 import gc
 import multiprocessing
-import os
 import random
-import signal
 import sqlite3
-import subprocess
-import sys
 import time
 import weakref
 from collections import Counter
@@ -18,26 +14,14 @@ import optuna
 import pytest
 from optuna.storages import RetryHeartbeatStaleTrialCallback
 from optuna.trial import TrialState
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from sqlalchemy import URL, make_url
 from torch import nn
 
 import sweep
-from common.cli import one_line_errors
-from common.for_sweep.study import (
-    counted_trials,
-    open_study,
-    run_trial,
-    run_worker,
-    run_workers,
-    storage_errors,
-    storage_url,
-    without_secrets,
-)
-from tests.conftest import ROOT, assert_one_line_error
-from tests.test_runs import is_gone
+from common.for_sweep.study import counted_trials, open_study, run_trial, run_trials, storage_url, without_secrets
+from tests.conftest import assert_one_line_error
 
-# The workers inherit what is imported here; only `run_workers` starts them as new programs.
+# The workers inherit what is imported here.
 FORK = multiprocessing.get_context("fork")
 
 
@@ -46,7 +30,7 @@ def space(trial: optuna.Trial) -> dict[str, float]:
 
 
 def open_quick(url: str, grace_period: int = 15) -> optuna.Study:
-    study = open_study(make_url(url), "quick", optuna.pruners.NopPruner(), space, 1)
+    study = open_study(make_url(url), "quick", optuna.pruners.NopPruner(), 1)
     study._storage._backend.grace_period = grace_period
     return study
 
@@ -60,8 +44,8 @@ def finished(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
 
 
 def work(url: str, objective, n_trials: int, grace_period: int = 15) -> None:
-    """A worker, as in `run_workers`."""
-    run_worker(partial(open_quick, url, grace_period), objective, n_trials, time.time() + 120, seed=0, threads=1)
+    """A worker, as `sweep.py` is one."""
+    run_trials(open_quick(url, grace_period), objective, n_trials, timeout=120, seed=0)
 
 
 def note(path: Path, trial: optuna.Trial) -> float:
@@ -167,13 +151,8 @@ def nap(trial: optuna.Trial) -> float:
     return space(trial)["x"]
 
 
-def work_as_a_program(*arguments: object) -> None:
-    with one_line_errors("worker"), storage_errors():
-        work(*arguments)
-
-
 def start_two(url: str, n_trials: int) -> list:
-    processes = [FORK.Process(target=work_as_a_program, args=(url, nap, n_trials, 1)) for _ in range(2)]
+    processes = [FORK.Process(target=work, args=(url, nap, n_trials, 1)) for _ in range(2)]
     for process in processes:
         process.start()
     return processes
@@ -193,55 +172,32 @@ def test_ten_kills_lose_no_trial(kind: str, tmp_path: Path, request: pytest.Fixt
         process.join(120)
     assert [process.exitcode for process in processes] == [0, 0]
     assert len(finished(study)) == 30
-    assert len(counted_trials(study.trials)) == 30
+    assert len(counted_trials(study)) == 30
 
 
-def test_database_that_is_gone_is_one_line(server, postgresql: str, capfd: pytest.CaptureFixture):
-    study = open_quick(postgresql)
-    processes = start_two(postgresql, 1000)
-    while len(finished(study)) < 3:
-        time.sleep(0.05)
-    server.stop()
-    for process in processes:
-        process.join(120)
-    server.start()
-    assert [process.exitcode for process in processes] == [2, 2]
-    errors = capfd.readouterr().err.splitlines()
-    assert len([line for line in errors if "error: --storage: " in line]) == 2
-    assert not [line for line in errors if "Traceback" in line]
+def clash(trial: optuna.Trial) -> float:
+    trial.report(0.5, 0)
+    raise KeyError("wdith")
 
 
-def meet(trial: optuna.Trial) -> float:
-    """An objective that waits until two workers have taken part, however long the second one takes to start."""
-    trial.set_user_attr("worker", os.getpid())
-    while len({other.user_attrs.get("worker", os.getpid()) for other in trial.study.get_trials(deepcopy=False)}) < 2:
-        time.sleep(0.1)
-    return space(trial)["x"]
-
-
-def test_both_workers_work_and_keep_the_total(tmp_path: Path):
+def test_mistake_is_raised_and_the_trial_does_not_count(tmp_path: Path):
     url = f"sqlite:///{tmp_path}/study.db"
-    run_workers(partial(open_quick, url), [meet] * 2, 4, timeout=300, seed=0)
-    assert len(finished(open_quick(url))) == 4
-    assert len({trial.user_attrs["worker"] for trial in finished(open_quick(url))}) == 2
+    with pytest.raises(KeyError, match="wdith"):
+        work(url, clash, 1, 1)
+    work(url, partial(note, tmp_path / "notes"), 1, 1)  # once it is mended
+    assert [trial.state.name for trial in open_quick(url).trials if trial.values] == ["COMPLETE"]
 
 
-def mistaken(trial: optuna.Trial) -> float:
-    """An objective with a mistake that the second worker alone meets. The first one waits for it."""
-    if multiprocessing.parent_process():
-        trial.set_user_attr("met", True)
-        raise KeyError("wdith")
-    while not any("met" in other.user_attrs for other in trial.study.get_trials(deepcopy=False)):
-        time.sleep(0.1)
-    return space(trial)["x"]
-
-
-def test_mistake_in_one_worker_shows_its_traceback_and_ends_all(tmp_path: Path, capfd: pytest.CaptureFixture):
+def test_each_seed_of_the_baseline_counts_once(tmp_path: Path):
+    """Two programs that start at the same moment both find that none was asked for."""
     url = f"sqlite:///{tmp_path}/study.db"
-    with pytest.raises(MisconfigurationException, match="another worker has ended with an error"):
-        run_workers(partial(open_quick, url), [mistaken] * 2, 10**6, timeout=300, seed=0)
-    assert 'raise KeyError("wdith")' in capfd.readouterr().err
-    assert multiprocessing.active_children() == []
+    study = open_quick(url)
+    for seed in (1, 2, 1, 2):
+        study.enqueue_trial({"x": seed / 10}, user_attrs={"seed": seed})
+    work(url, partial(note, tmp_path / "notes"), 3)
+    assert [trial.user_attrs.get("seed") for trial in finished(study)] == [1, 2, None]
+    assert len(study.trials) == 5
+    assert all(trial.state.is_finished() for trial in study.trials)
 
 
 @pytest.mark.parametrize(("value", "words"), [(None, "No values were told"), (float("nan"), "nan")])
@@ -250,66 +206,11 @@ def test_value_that_is_no_number_is_a_mistake(tmp_path: Path, value: float | Non
         work(f"sqlite:///{tmp_path}/study.db", lambda trial: value, 1)
 
 
-def test_trial_of_a_mistake_is_run_again_with_its_values_once_it_is_mended(tmp_path: Path):
-    url, values = f"sqlite:///{tmp_path}/study.db", []
-
-    def objective(trial: optuna.Trial) -> float:
-        values.append(space(trial)["x"])
-        return values[1]  # there is none at the first time
-
-    with pytest.raises(IndexError):
-        work(url, objective, 1, 1)
-    work(url, objective, 1, 1)
-    assert values[0] == values[1]
-    assert [trial.state.name for trial in open_quick(url).trials] == ["FAIL", "COMPLETE"]
-
-
-def hang(trial: optuna.Trial) -> float:
-    trial.set_user_attr("worker", os.getpid())
-    time.sleep(600)
-    return space(trial)["x"]
-
-
-ALONE = """
-import sys
-from functools import partial
-from common.for_sweep.study import run_workers
-from tests.test_study import hang, open_quick
-
-if __name__ == "__main__":
-    run_workers(partial(open_quick, sys.argv[1]), [hang] * 2, 4, timeout=300, seed=0)
-"""
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-@pytest.mark.parametrize("workers_at_work", [0, 2])
-def test_worker_ends_with_its_parent(number: signal.Signals, workers_at_work: int, tmp_path: Path):
-    url = f"sqlite:///{tmp_path}/study.db"
-    study = open_quick(url)
-    (tmp_path / "alone.py").write_text(ALONE)
-    parent = subprocess.Popen(
-        [sys.executable, tmp_path / "alone.py", url], env=os.environ | {"PYTHONPATH": str(ROOT)}, start_new_session=True
-    )
-    while not (
-        child := subprocess.run(["pgrep", "-P", str(parent.pid), "-f", "spawn_main"], capture_output=True).stdout
-    ):
-        time.sleep(0.02)
-    while len({trial.user_attrs.get("worker") for trial in study.trials} - {None}) < workers_at_work:
-        time.sleep(0.05)
-    parent.send_signal(number)
-    assert parent.wait(20) == -number
-    for _ in range(200):
-        if is_gone(int(child)):
-            return
-        time.sleep(0.1)
-    pytest.fail("the second worker goes on alone")
-
-
 @pytest.mark.parametrize("name", ["what?", "a%20b", "a{b}", "#1 & co"])
 def test_folder_of_any_name_holds_the_database(name: str, tmp_path: Path):
     path = tmp_path / name / "optuna.db"
     path.parent.mkdir()
-    open_study(URL.create("sqlite", database=str(path)), "any", optuna.pruners.NopPruner(), space, 1)
+    open_study(URL.create("sqlite", database=str(path)), "any", optuna.pruners.NopPruner(), 1)
     assert [file for file in tmp_path.rglob("*") if file.is_file()] == [path]
 
 
@@ -317,9 +218,10 @@ def test_study_of_another_direction_or_optuna_is_one_line(call, tmp_path: Path):
     storage = f"sqlite:///{tmp_path}/other.db"
     optuna.create_study(storage=storage, study_name="down", direction="minimize")
     optuna.create_study(storage=storage, study_name="two", directions=["maximize", "maximize"])
-    for name in ("down", "two"):
+    optuna.create_study(storage=storage, study_name="long", direction="maximize").set_user_attr("max_epochs", 99)
+    for name, words in {"down": "does not maximize one", "two": "does not maximize one", "long": "epochs 99"}.items():
         result = call(sweep.main, "--storage", storage, "--study_name", name)
-        assert_one_line_error(result, name, "does not maximize a single value", "--study_name")
+        assert_one_line_error(result, f"{name!r}", words, "--study_name")
     with sqlite3.connect(tmp_path / "other.db") as connection:
         connection.execute("UPDATE alembic_version SET version_num = 'v1.3.0.a'")
     assert_one_line_error(call(sweep.main, "--storage", storage), "--storage: The runtime optuna version")
@@ -344,8 +246,8 @@ def test_no_error_shows_the_password(url: str, words: list[str], call):
     assert "secret" not in result.stderr + result.stdout
 
 
-def test_config_has_no_password():
-    url = storage_url("postgresql+psycopg://me:secret@host:5433/a?password=secret")
+def test_config_has_no_password(tmp_path: Path):
+    url = storage_url("postgresql+psycopg://me:secret@host:5433/a?password=secret", tmp_path)
     assert without_secrets(url) == "postgresql+psycopg://me@host:5433/a"
 
 
@@ -355,8 +257,3 @@ def test_rights_that_a_database_denies_are_one_line(server, postgresql: str, cal
     assert_one_line_error(call(sweep.main, "--storage", guest), "permission denied for schema public")
     open_quick(postgresql)
     assert_one_line_error(call(sweep.main, "--storage", guest), "permission denied for table")
-
-
-@pytest.mark.parametrize(("gpus", "taken"), [(0, [1, 1, 1]), (1, [[0], [0], [0]]), (2, [[0], [1], [0]])])
-def test_workers_take_the_gpus_in_turn(gpus: int, taken: list):
-    assert [sweep.device_of(worker, gpus) for worker in range(3)] == taken

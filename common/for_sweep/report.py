@@ -1,8 +1,9 @@
-"""The report on a study: how its trials ended, the best ones as a table, pictures."""
+"""The report on a study: how its trials ended, the best ones as a table, what they say, pictures."""
 
 import math
 import re
 import statistics
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,37 +17,31 @@ from optuna.importance import PedAnovaImportanceEvaluator
 from optuna.trial import FrozenTrial, TrialState
 from optuna.visualization import matplotlib as plots
 
-from common.for_sweep.study import SearchSpace, counted_trials
+from common.for_sweep.study import counted_trials
 
 
-def report(study: optuna.Study, search_space: SearchSpace, folder: Path, options: dict[str, Any]) -> bool:
-    """Prints how the trials ended and the best of them, draws the study, and returns whether there is a complete one.
-
-    A finished trial answers suggest_...() with the values that it has stored, so `search_space` turns it back into
-    options of `main.py`. The command that trains the best one with `main.py`'s own epochs has `options` too.
-    """
-    trials = counted_trials(study.get_trials(deepcopy=False))
-    counts = {state.name.lower(): sum(trial.state == state for trial in trials) for state in TrialState}
-    print("\ntrials: " + ", ".join(f"{count} {state}" for state, count in counts.items() if count))
+def report(study: optuna.Study, folder: Path) -> bool:
+    """Prints how the trials ended and which are best, draws the study, and returns whether there is a complete one."""
+    trials = counted_trials(study)
+    counts = Counter(trial.state.name.lower() for trial in trials)
+    print("\ntrials: " + (", ".join(f"{counts[state]} {state}" for state in sorted(counts)) or "none"))
     for trial in trials:
         if trial.state == TrialState.FAIL:
             print(f"trial {trial.number} failed: {trial.user_attrs['error']}")
     complete = sorted((trial for trial in trials if trial.state == TrialState.COMPLETE), key=lambda trial: -trial.value)
     if not complete:
         return False
-    best = complete[0]
-    print_table(complete[:5], search_space)
+    print_table(complete[:5])
     save_pictures(study, folder)
-    print()
     print_lead(complete)
     for name, end in at_an_end(complete).items():
         print(f"at an end:        {name}, the {end} one of its range: widen it, under another --study_name")
     print(f"pictures, logs:   {folder}\nto look at them:  tensorboard --logdir {folder}")
-    path = best.user_attrs["checkpoint"]
-    print(f'its weights:      Classifier.load_from_checkpoint("{path}", weights_only=True)')
-    if not Path(path).exists():
+    best = complete[0].user_attrs
+    print(f'its weights:      Classifier.load_from_checkpoint("{best["checkpoint"]}", weights_only=True)')
+    if not Path(best["checkpoint"]).exists():
         print("                  (on the machine that has trained it)")
-    print(f"full length:      python main.py {command_line(search_space(best) | options)}")
+    print(f"full length:      python main.py {command_line(best['options'])}")
     return True
 
 
@@ -58,18 +53,18 @@ def is_baseline(trial: FrozenTrial) -> bool:
 def print_lead(complete: list[FrozenTrial]) -> None:
     """Prints how far the best trial is ahead, and by how much the baseline's accuracy scatters over its seeds."""
     accuracies = [100 * trial.value for trial in complete]
-    # By their seed, as two machines that start at the same moment may both have asked for them.
-    seeds = {trial.user_attrs["seed"]: 100 * trial.value for trial in complete if is_baseline(trial)}.values()
+    seeds = [100 * trial.value for trial in complete if is_baseline(trial)]
     scatter = statistics.stdev(seeds) if len(seeds) > 1 else 0.0
-    leads = []
+    leads = {}
+    print()
     if seeds:
         scattered = f", its {len(seeds)} seeds scatter by {scatter:.2f} points" if scatter else ""
         print(f"baseline:         {statistics.mean(seeds):.2f}%{scattered}")
-        leads.append(("the baseline", accuracies[0] - statistics.mean(seeds)))
+        leads["the baseline"] = accuracies[0] - statistics.mean(seeds)
     if len(complete) > 1:
-        leads.append(("the next trial", accuracies[0] - accuracies[1]))
+        leads["the next trial"] = accuracies[0] - accuracies[1]
     print(f"best trial:       {accuracies[0]:.2f}%")
-    for name, lead in leads:
+    for name, lead in leads.items():
         times = f", {lead / scatter:.1f} times this scatter" if scatter else ""
         print(f"                  {lead:.2f} points ahead of {name}{times}")
 
@@ -77,12 +72,12 @@ def print_lead(complete: list[FrozenTrial]) -> None:
 def at_an_end(complete: list[FrozenTrial]) -> dict[str, str]:
     """Which hyperparameters lie at the same end of their range, within 5 %, in the best three trials of the search.
 
-    Choices have no order, and a range that begins at 0 has no lower end.
+    Choices have no order, and a range that begins at 0 has no lower end. Fewer than three trials may agree by chance.
     """
     trials = [trial for trial in complete if not is_baseline(trial)][:3]
     ends = {}
     for name, distribution in optuna.search_space.intersection_search_space(trials).items():
-        if isinstance(distribution, CategoricalDistribution) or distribution.single():
+        if len(trials) < 3 or isinstance(distribution, CategoricalDistribution) or distribution.single():
             continue
         scale = math.log if distribution.log else float
         low, high = scale(distribution.low), scale(distribution.high)
@@ -102,11 +97,11 @@ def command_line(options: dict[str, Any]) -> str:
     return " ".join(f"--{name} {value}" for name, value in quoted.items())
 
 
-def print_table(trials: list[FrozenTrial], search_space: SearchSpace) -> None:
+def print_table(trials: list[FrozenTrial]) -> None:
     """Prints a line for each trial, with its numbers rounded."""
-    rows = [["trial", "val accuracy", *search_space(trials[0])]]
+    rows = [["trial", "val accuracy", *trials[0].user_attrs["options"]]]
     for trial in trials:
-        values = search_space(trial).values()
+        values = trial.user_attrs["options"].values()
         rounded = [f"{value:.3g}" if isinstance(value, float) else str(value) for value in values]
         rows.append([str(trial.number), f"{trial.value:.2%}", *rounded])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -136,24 +131,25 @@ def save_pictures(study: optuna.Study, folder: Path) -> None:
 
 def draw_intermediate_values(study: optuna.Study) -> Figure:
     """Draws the validation accuracy of each trial after each epoch; Optuna's picture does not show how it ended."""
-    best = study.best_trial
     complete = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
     pruned = study.get_trials(deepcopy=False, states=[TrialState.PRUNED])
+    groups = {
+        "complete": ([trial for trial in complete if not is_baseline(trial)], {"color": "tab:blue"}),
+        "baseline": ([trial for trial in complete if is_baseline(trial)], {"color": "black", "linewidth": 2}),
+        f"best, trial {study.best_trial.number}": ([study.best_trial], {"color": "tab:red", "linewidth": 3}),
+        "pruned": (pruned, {"color": "gray", "linestyle": "--", "zorder": 1}),
+    }
     figure, axis = plt.subplots()
-
-    def draw(trials: list[FrozenTrial], label: str | None, **style: Any) -> None:
-        for trial in trials:
-            epochs = [step + 1 for step in trial.intermediate_values]
-            axis.plot(epochs, list(trial.intermediate_values.values()), marker=".", label=label, **style)
-            label = None  # once is enough for the legend
-
-    others = [trial for trial in complete if trial.number != best.number]
-    draw([trial for trial in others if not is_baseline(trial)], "complete", color="tab:blue")
-    draw([trial for trial in others if is_baseline(trial)], "baseline", color="black", linewidth=2)
-    draw([best], f"best, trial {best.number}", color="tab:red", linewidth=3)
-    limits = axis.get_ylim()
-    draw(pruned, "pruned", color="gray", linestyle="--", zorder=1)
-    axis.set_ylim(limits)  # pruned trials may leave the picture, so that the complete ones can be told apart
+    for label, (trials, style) in groups.items():
+        # Those of the complete trials, so that these can be told apart: pruned ones may leave the picture.
+        limits = axis.get_ylim()
+        # One line for all trials of a group; NaN lifts the pen between two of them.
+        points = [point for trial in trials for point in [*trial.intermediate_values.items(), (math.nan, math.nan)]]
+        if points:
+            axis.plot(
+                [step + 1 for step, _ in points], [value for _, value in points], label=label, marker=".", **style
+            )
+    axis.set_ylim(limits)
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.yaxis.set_major_formatter(PercentFormatter(1.0))
     axis.set(xlabel="epoch", ylabel="validation accuracy")
