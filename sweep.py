@@ -20,13 +20,14 @@ import pytorch_lightning as pl
 from jsonargparse.typing import PositiveFloat, PositiveInt
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger
+from sqlalchemy import URL
 
 from common.callbacks import FiniteLossCallback, MetricsCallback
 from common.classifier import Classifier
 from common.cli import Seed, run_from_command_line, save_config
 from common.data import DATA_DIR, MNISTDataModule
 from common.for_sweep.report import report
-from common.for_sweep.study import counted_trials, open_study, run_trials, storage_errors, storage_url, without_secrets
+from common.for_sweep.study import counted_trials, open_study, run_trials, storage_errors, without_secrets
 from common.model import MLP
 
 
@@ -128,10 +129,11 @@ def objective(
 
 def enqueue_baseline(study: optuna.Study, n_trials: int, seed: int) -> None:
     """Asks for the trials of the baseline that the study has not had yet, before all others."""
-    had = [trial.user_attrs["seed"] for trial in counted_trials(study) if "seed" in trial.user_attrs]
-    seeds = [(seed + number) % 2**32 for number in range(min(BASELINE_TRIALS, n_trials))]
-    for missing in [seed for seed in seeds if seed not in had][: len(seeds) - len(had)]:
-        study.enqueue_trial(BASELINE, user_attrs={"seed": missing})
+    counted = counted_trials(study)
+    had = [trial.user_attrs["seed"] for trial in counted if "seed" in trial.user_attrs]
+    missing = [(seed + number) % 2**32 for number in range(BASELINE_TRIALS) if (seed + number) % 2**32 not in had]
+    for new in missing[: max(0, min(BASELINE_TRIALS - len(had), n_trials - len(counted)))]:
+        study.enqueue_trial(BASELINE, user_attrs={"seed": new})
 
 
 @storage_errors()
@@ -164,14 +166,14 @@ def main(
     options = dict(locals())  # all of the above by their names, for config.yaml
     parent = Path(log_dir, "sweep")
     parent.mkdir(parents=True, exist_ok=True)
-    url = storage_url(storage, parent)
-    if storage:
-        options["storage"] = without_secrets(url)
-        parent /= quote(options["storage"], safe="")  # studies in two databases may share a name
-    folder = parent / quote(study_name, safe="")
     MNISTDataModule(data_dir).prepare_data()  # here, so that missing data ends the program and not the first trial
 
-    study = open_study(url, study_name, PRUNER, max_epochs)  # optuna.create_study(…, load_if_exists=True)
+    database = storage or URL.create("sqlite", database=str(parent / "optuna.db"))
+    study = open_study(database, study_name, PRUNER, max_epochs)  # optuna.create_study(…, load_if_exists=True)
+    if storage:
+        options["storage"] = without_secrets(storage)
+        parent /= quote(options["storage"], safe="")  # studies in two databases may share a name
+    folder = parent / quote(study_name, safe="")
     save_config(folder, options)
     enqueue_baseline(study, n_trials, seed)
 

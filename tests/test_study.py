@@ -14,11 +14,11 @@ import optuna
 import pytest
 from optuna.storages import RetryHeartbeatStaleTrialCallback
 from optuna.trial import TrialState
-from sqlalchemy import URL, make_url
+from sqlalchemy import URL
 from torch import nn
 
 import sweep
-from common.for_sweep.study import counted_trials, open_study, run_trial, run_trials, storage_url, without_secrets
+from common.for_sweep.study import counted_trials, open_study, run_trial, run_trials, without_secrets
 from tests.conftest import assert_one_line_error
 
 # The workers inherit what is imported here.
@@ -30,7 +30,7 @@ def space(trial: optuna.Trial) -> dict[str, float]:
 
 
 def open_quick(url: str, grace_period: int = 15) -> optuna.Study:
-    study = open_study(make_url(url), "quick", optuna.pruners.NopPruner(), 1)
+    study = open_study(url, "quick", optuna.pruners.NopPruner(), 1)
     study._storage._backend.grace_period = grace_period
     return study
 
@@ -246,8 +246,8 @@ def test_no_error_shows_the_password(url: str, words: list[str], call):
     assert "secret" not in result.stderr + result.stdout
 
 
-def test_config_has_no_password(tmp_path: Path):
-    url = storage_url("postgresql+psycopg://me:secret@host:5433/a?password=secret", tmp_path)
+def test_config_has_no_password():
+    url = "postgresql+psycopg://me:secret@host:5433/a?password=secret"
     assert without_secrets(url) == "postgresql+psycopg://me@host:5433/a"
 
 

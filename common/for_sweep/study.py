@@ -8,7 +8,6 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 import numpy as np
 import optuna
@@ -30,33 +29,20 @@ TRAINING_ERRORS = (FloatingPointError, torch.OutOfMemoryError)
 
 
 @contextmanager
-def storage_errors() -> Iterator[None]:
+def storage_errors(*others: type[Exception]) -> Iterator[None]:
     """Makes one line of a database's error: what it has said, without the URL, which may hold a password."""
     try:
         yield
-    except STORAGE_ERRORS as error:
+    except (*STORAGE_ERRORS, *others) as error:
         reason = error
         while reason.__cause__:
             reason = reason.__cause__
         raise MisconfigurationException(f"--storage: {reason}") from error
 
 
-def storage_url(storage: str | None, folder: Path) -> URL:
-    """Reads a database URL; without one, the database is an SQLite file in the folder.
-
-    Raises:
-        MisconfigurationException: if it is no URL.
-    """
-    try:
-        return make_url(storage) if storage else URL.create("sqlite", database=str(folder / "optuna.db"))
-    except (ArgumentError, ValueError) as error:
-        raise MisconfigurationException(
-            "--storage is no database URL such as postgresql+psycopg://user@host/database"
-        ) from error
-
-
-def without_secrets(url: URL) -> str:
-    """The URL without password and query."""
+def without_secrets(storage: str) -> str:
+    """The URL of a database without password and query."""
+    url = make_url(storage)
     return URL.create(url.drivername, url.username, None, url.host, url.port, url.database).render_as_string()
 
 
@@ -83,7 +69,8 @@ def open_storage(url: URL) -> RDBStorage:
     return storage
 
 
-def open_study(url: URL, study_name: str, pruner: optuna.pruners.BasePruner, max_epochs: int) -> optuna.Study:
+@storage_errors(ImportError, RuntimeError)  # no driver, the tables of another Optuna
+def open_study(storage: str | URL, study_name: str, pruner: optuna.pruners.BasePruner, max_epochs: int) -> optuna.Study:
     """Makes the database's tables and the study if there are none, and returns the study.
 
     Raises:
@@ -93,22 +80,16 @@ def open_study(url: URL, study_name: str, pruner: optuna.pruners.BasePruner, max
     # The progress bar says it all; Lightning would print the devices for each trial.
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    for attempt in range(3):
-        try:
-            study = optuna.create_study(
-                storage=open_storage(url),
-                study_name=study_name,
-                pruner=pruner,
-                direction="maximize",
-                load_if_exists=True,
-            )
-            break
-        except (ImportError, RuntimeError) as error:  # no driver, or the tables of another Optuna
-            raise MisconfigurationException(f"--storage: {error.__cause__ or error}") from error
-        except STORAGE_ERRORS:
-            if attempt == 2:
-                raise
-            time.sleep(1)  # another program may be making the tables at the same moment
+    options = {"study_name": study_name, "pruner": pruner, "direction": "maximize", "load_if_exists": True}
+    try:
+        url = make_url(storage)
+    except (ArgumentError, ValueError) as error:  # which may quote a password
+        raise MisconfigurationException("--storage is no URL such as postgresql+psycopg://user@host/name") from error
+    try:
+        study = optuna.create_study(storage=open_storage(url), **options)
+    except STORAGE_ERRORS:
+        time.sleep(2)  # another program may be making the tables at the same moment
+        study = optuna.create_study(storage=open_storage(url), **options)
     if study.directions != [StudyDirection.MAXIMIZE]:
         raise MisconfigurationException(f"study {study_name!r} does not maximize one value; take another --study_name")
     if (stored := study.user_attrs.get("max_epochs", max_epochs)) != max_epochs:
@@ -123,13 +104,11 @@ def counted_trials(study: optuna.Study) -> list[FrozenTrial]:
     Not those that failed without an `error` attribute: their workers are dead, or they are surplus. And a trial with a
     seed of its own counts once, also where two programs that started at the same moment have both asked for it.
     """
-    counted, seeds = [], set()
+    counted = {}
     for trial in study.get_trials(deepcopy=False):
-        seed = trial.user_attrs.get("seed")
-        if seed not in seeds and (trial.state != TrialState.FAIL or "error" in trial.user_attrs):
-            counted.append(trial)
-            seeds |= set() if seed is None else {seed}
-    return counted
+        if trial.state != TrialState.FAIL or "error" in trial.user_attrs:
+            counted.setdefault(trial.user_attrs.get("seed", f"trial {trial.number}"), trial)
+    return list(counted.values())
 
 
 def run_trial(study: optuna.Study, objective: Callable[[optuna.Trial], float], n_trials: int, seed: int) -> None:
