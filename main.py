@@ -36,7 +36,6 @@ def main(
     weight_decay: NonNegativeFloat = 0.05,
     label_smoothing: Fraction = 0.1,
     augment: bool = True,
-    elastic: NonNegativeFloat = 0.0,
     batch_size: PositiveInt = 512,
     max_epochs: PositiveInt = 10,
     patience: PositiveInt = 5,
@@ -67,7 +66,6 @@ def main(
         weight_decay: Decoupled weight decay of AdamW.
         label_smoothing: Fraction of the target that training spreads over all classes.
         augment: Rotate, stretch, shear and shift each training image a little.
-        elastic: Also bend each of them, by noise of so many pixels. docs/accuracy.md measures what that brings.
         batch_size: Images of a batch, on each device.
         max_epochs: Passes over the training images.
         patience: Epochs without a better validation accuracy after which to stop early; not with overfit_batches.
@@ -94,7 +92,7 @@ def main(
     """
     options = dict(locals())  # all of the above by their names, for config.yaml and for resuming
     pl.seed_everything(seed)
-    data = MNISTDataModule(data_dir, batch_size, seed, augment and not overfit_batches, elastic)
+    data = MNISTDataModule(data_dir, batch_size, seed, augment and not overfit_batches)
     model = MLP(hidden_sizes, activation, dropout, batch_norm)
     classifier = Classifier(model, learning_rate, weight_decay, label_smoothing)
     # Ours: makes the folder logs/main/version_N with config.yaml, finds the checkpoint of --ckpt_path last, and refuses

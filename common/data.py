@@ -1,11 +1,13 @@
 """The data module: MNIST as two tensors, normalized once, indexed by whole batches, augmented on the device."""
 
+import gzip
+import zlib
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from filelock import FileLock
 from pytorch_lightning.overrides.distributed import UnrepeatedDistributedSampler
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
@@ -15,20 +17,20 @@ from torchvision.datasets import MNIST
 DATA_DIR = str(Path(__file__).parent.parent / "data")
 # Of the 60,000 training images' pixels scaled to [0, 1].
 MEAN, STD = 0.1307, 0.3081
-TRAIN_SIZE, VAL_SIZE = 55_000, 5_000
-# Bytes of the extracted files, as torchvision takes half a file for a whole one: a header, then a byte per value.
-FILE_SIZES = {
-    "train-images-idx3-ubyte": 16 + 60_000 * 28 * 28,
-    "train-labels-idx1-ubyte": 8 + 60_000,
-    "t10k-images-idx3-ubyte": 16 + 10_000 * 28 * 28,
-    "t10k-labels-idx1-ubyte": 8 + 10_000,
-}
-# Along each axis of an image, for elastic distortion.
-ELASTIC_NODES = 5
+TRAIN_SIZE, VAL_SIZE, TEST_SIZE = 55_000, 5_000, 10_000
 
 
-def whole_files(raw: Path) -> set[str]:
-    return {name for name, size in FILE_SIZES.items() if (raw / name).exists() and (raw / name).stat().st_size == size}
+def read_idx(path: Path, *shape: int) -> Tensor:
+    """Reads a compressed file of bytes in that shape, after a header of 4 bytes and 4 more for each dimension.
+
+    Raises:
+        OSError: if it is missing, damaged or has another size.
+    """
+    try:
+        content = bytearray(gzip.decompress(path.read_bytes()))
+        return torch.frombuffer(content, dtype=torch.uint8, offset=4 + 4 * len(shape)).view(shape)
+    except (gzip.BadGzipFile, zlib.error, EOFError, RuntimeError, ValueError) as error:
+        raise OSError(f"{path} is damaged: {error}. Delete it, and the next run downloads it.") from error
 
 
 class TensorBatches(Dataset):
@@ -55,8 +57,8 @@ class TensorBatches(Dataset):
         return self[torch.tensor(indices).to(self.labels.device, non_blocking=self.labels.is_cuda)]
 
 
-def random_affine(images: Tensor, distortion: float = 0.15, shift: float = 1.0, elastic: float = 0.0) -> Tensor:
-    """Rotates, stretches, shears and shifts each image by random amounts of its own, and bends it if `elastic`.
+def random_affine(images: Tensor, distortion: float = 0.15, shift: float = 1.0) -> Tensor:
+    """Rotates, stretches, shears and shifts each image by random amounts of its own.
 
     Where the result has a pixel at (x, y) from the center, the image is read at M (x, y) + s, interpolated between
     four pixels; beyond the edge it goes on as at the edge. M is the identity plus noise in each of its four entries:
@@ -66,8 +68,6 @@ def random_affine(images: Tensor, distortion: float = 0.15, shift: float = 1.0, 
         images: of any floating-point type, which the result has too.
         distortion: the noise of M is uniform in ±distortion; 0.15 can rotate by 9 degrees or stretch by 15 %.
         shift: s is uniform in ±shift pixels, in both directions.
-        elastic: standard deviation, in pixels, of noise that moves each node of a coarse grid, and what lies between
-            the nodes with them (elastic distortion, Simard et al. 2003).
 
     Shape:
         images (n, channels, size, size) → (n, channels, size, size)
@@ -82,12 +82,6 @@ def random_affine(images: Tensor, distortion: float = 0.15, shift: float = 1.0, 
     # M (x, y) + s by broadcasting, several times faster than the matrix products of F.affine_grid.
     by_x, by_y = matrix[..., None, None].unbind(2)  # the columns of M, each (n, 2, 1, 1)
     grid = by_x * x + (by_y * x.unsqueeze(1) + offset)  # (n, 2, size, size)
-    if elastic:
-        # Interpolation between the nodes as a matrix, once for each axis: several times faster than to interpolate the
-        # noise itself.
-        nodes = F.interpolate(torch.eye(ELASTIC_NODES, **like)[None], size, mode="linear", align_corners=True)[0]
-        noise = torch.randn(n, 2, ELASTIC_NODES, ELASTIC_NODES, **like) * elastic * 2 / (size - 1)
-        grid += nodes.T @ noise @ nodes
     # Clamping the grid is padding_mode="border", which Macs lack before PyTorch 2.13.
     grid = grid.clamp_(-1, 1).permute(0, 2, 3, 1)
     return F.grid_sample(images.to(grid.dtype), grid, align_corners=True).to(images.dtype)
@@ -97,45 +91,37 @@ class MNISTDataModule(pl.LightningDataModule):
     """MNIST for training (55,000), validation (5,000) and test (10,000), kept in the memory of the training device.
 
     Args:
-        data_dir: holds `MNIST/raw/`; missing files are downloaded there.
+        data_dir: holds `MNIST/raw/*.gz`; missing files are downloaded there.
         batch_size: images of a batch, on each process.
         seed: of the order of the training images, which is a function of this seed and the epoch alone.
         augment: training sees each image as `random_affine` transforms it anew, validation and test as it is.
-        elastic: the `elastic` of `random_affine`.
     """
 
-    def __init__(
-        self,
-        data_dir: str = DATA_DIR,
-        batch_size: int = 512,
-        seed: int = 42,
-        augment: bool = True,
-        elastic: float = 0.0,
-    ) -> None:
+    def __init__(self, data_dir: str = DATA_DIR, batch_size: int = 512, seed: int = 42, augment: bool = True) -> None:
         super().__init__()
         self.save_hyperparameters()  # into the logger's hyperparameters, beside those of the module
-        self.data_dir, self.batch_size, self.seed = data_dir, batch_size, seed
-        self.augment, self.elastic = augment, elastic
+        self.raw = Path(data_dir, "MNIST", "raw")
+        self.batch_size, self.seed, self.augment = batch_size, seed, augment
         self.train_set = self.val_set = self.test_set = None
 
     def prepare_data(self) -> None:
-        """Extracts the files, or downloads what is missing; Lightning calls it on one process of a machine.
+        """Downloads what is missing; Lightning calls it on one process of a machine.
 
         Raises:
-            OSError: if a file is missing or damaged and cannot be downloaded either.
+            OSError: if that fails.
         """
-        raw = Path(self.data_dir, "MNIST", "raw")
-        if whole_files(raw) == FILE_SIZES.keys():
+        missing = [name for name, _ in MNIST.resources if not (self.raw / name).exists()]
+        if not missing:
             return
-        raw.mkdir(parents=True, exist_ok=True)
-        # Two first runs at the same time would extract into each other's files.
-        with FileLock(f"{raw}.lock"):
-            for name in FILE_SIZES.keys() - whole_files(raw):
-                (raw / name).unlink(missing_ok=True)
-            try:
-                MNIST(self.data_dir, download=True)
-            except RuntimeError as error:
-                raise OSError(f"MNIST is missing or damaged in {raw}, and could not be downloaded") from error
+        try:
+            self.raw.mkdir(parents=True, exist_ok=True)
+            # Only whole files get their names, even if two runs download at the same time or one is killed.
+            with TemporaryDirectory(dir=self.raw) as folder:
+                MNIST(folder, download=True)
+                for name in missing:
+                    Path(folder, "MNIST", "raw", name).replace(self.raw / name)
+        except (OSError, RuntimeError) as error:
+            raise OSError(f"MNIST is missing in {self.raw}, and its download failed: {error}") from error
 
     def setup(self, stage: str) -> None:
         """Normalizes each image once and puts all of them on the device that trains.
@@ -143,27 +129,27 @@ class MNISTDataModule(pl.LightningDataModule):
         Lightning calls it on every process before each of fit, validate, test and predict.
         """
         if stage in ("fit", "validate") and self.train_set is None:
-            images, labels = self._load(train=True)
+            images, labels = self._load("train", TRAIN_SIZE + VAL_SIZE)
             # A generator of its own: the same 5,000 images validate whatever the seed of a run.
             order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).to(labels.device)
             self.train_set, self.val_set = (
                 TensorBatches(images[i], labels[i]) for i in order.split([TRAIN_SIZE, VAL_SIZE])
             )
         if stage in ("test", "predict") and self.test_set is None:
-            self.test_set = TensorBatches(*self._load(train=False))
+            self.test_set = TensorBatches(*self._load("t10k", TEST_SIZE))
 
-    def _load(self, train: bool) -> tuple[Tensor, Tensor]:
-        mnist = MNIST(self.data_dir, train=train)
+    def _load(self, part: str, size: int) -> tuple[Tensor, Tensor]:
         # Lightning sets self.trainer when the data module is given to one.
         device = self.trainer.strategy.root_device if self.trainer else "cpu"
-        images = mnist.data.to(device).unsqueeze(1).float().div_(255).sub_(MEAN).div_(STD)
-        return images, mnist.targets.to(device)
+        images = read_idx(self.raw / f"{part}-images-idx3-ubyte.gz", size, 28, 28).to(device)
+        labels = read_idx(self.raw / f"{part}-labels-idx1-ubyte.gz", size).to(device)
+        return images.unsqueeze(1).float().div_(255).sub_(MEAN).div_(STD), labels.long()
 
     def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
         """Augments a training batch as a whole, on its device; Lightning calls it for the batches of every stage."""
         images, labels = batch
         augmented = self.augment and self.trainer.training
-        return (random_affine(images, elastic=self.elastic), labels) if augmented else batch
+        return (random_affine(images), labels) if augmented else batch
 
     def train_dataloader(self) -> DataLoader:
         return self._loader(self.train_set, DistributedSampler, shuffle=True, seed=self.seed)

@@ -14,17 +14,20 @@ import psycopg
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torchvision.datasets import MNIST
 
 from common.cli import run_from_command_line
 from common.data import DATA_DIR as DATA
 from common.data import MNISTDataModule
 
 ROOT = Path(__file__).parent.parent
+QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _extracted() -> None:
-    MNISTDataModule(DATA).prepare_data()
+def pytest_configure(config: pytest.Config) -> None:
+    """Extracts the files for torchvision, before the processes of pytest-xdist start that all read them."""
+    if not hasattr(config, "workerinput"):
+        MNIST(DATA, download=True)
 
 
 @pytest.fixture(scope="session", autouse=True)
