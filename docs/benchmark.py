@@ -40,12 +40,12 @@ from torch.utils.data import DataLoader, random_split
 from torchvision.datasets import MNIST
 from torchvision.transforms import Compose, Normalize, ToTensor
 
-import common.for_sweep.study
 import sweep
 from common.callbacks import GradientHistogramCallback, MetricsCallback, TestPicturesCallback
 from common.classifier import Classifier
 from common.data import DATA_DIR, MEAN, STD, TRAIN_SIZE, VAL_SIZE, MNISTDataModule, random_affine
 from common.for_sweep.report import at_an_end, command_line, is_baseline
+from common.for_sweep.study import open_study
 from common.model import MLP
 
 ROOT = Path(__file__).parent.parent
@@ -457,9 +457,9 @@ def publish_accuracy(folder: str, tests: dict[str, list[float]], seconds: dict[s
 # Studies
 
 
-def open_study(folder: str, max_epochs: int) -> optuna.Study:
+def open_sweep(folder: str, max_epochs: int) -> optuna.Study:
     url = URL.create("sqlite", database=f"{folder}/optuna.db")
-    return common.for_sweep.study.open_study(url, "mnist", sweep.PRUNER, sweep.suggest_hyperparameters, max_epochs)
+    return open_study(url, "mnist", sweep.PRUNER, max_epochs)
 
 
 def random_trials(count: int) -> list[dict[str, Any]]:
@@ -478,7 +478,7 @@ def parallel_sweep(workers: int, threads: int) -> float:
     """
     folder = tempfile.mkdtemp()
     Path(folder, "sweep").mkdir()
-    study = open_study(f"{folder}/sweep", max_epochs=1)
+    study = open_sweep(f"{folder}/sweep", max_epochs=1)
     for params in random_trials(24):
         study.enqueue_trial(params)
     options = ("--n_trials", "24", "--max_epochs", "1", "--log_dir", folder)
@@ -505,7 +505,7 @@ def workers() -> None:
 
 def seeded_objective(seed: int, patience: int = EPOCHS_OF_A_TRIAL) -> Callable[[optuna.Trial], float]:
     """The objective of `sweep.py`; without early stopping where the patience is not shorter."""
-    options = {"data_dir": DATA_DIR, "folder": Path(tempfile.mkdtemp()), "accelerator": "cpu", "devices": 1}
+    options = {"data_dir": DATA_DIR, "folder": Path(tempfile.mkdtemp()), "accelerator": "cpu"}
     return partial(sweep.objective, max_epochs=EPOCHS_OF_A_TRIAL, patience=patience, seed=seed, **options)
 
 
