@@ -1,7 +1,6 @@
 """The report on a study: how its trials ended, the best ones as a table, what they say, pictures."""
 
 import math
-import re
 import statistics
 from collections import Counter
 from pathlib import Path
@@ -29,20 +28,17 @@ def report(study: optuna.Study, folder: Path) -> bool:
         if trial.state == TrialState.FAIL:
             print(f"trial {trial.number} failed: {trial.user_attrs['error']}")
     complete = sorted((trial for trial in trials if trial.state == TrialState.COMPLETE), key=lambda trial: -trial.value)
-    if not complete:
-        return False
-    print_table(complete[:5])
-    save_pictures(study, folder)
-    print_lead(complete)
-    for name, end in at_an_end(complete).items():
-        print(f"at an end:        {name}, the {end} one of its range: widen it, under another --study_name")
-    print(f"pictures, logs:   {folder}\nto look at them:  tensorboard --logdir {folder}")
-    best = complete[0].user_attrs
-    print(f'its weights:      Classifier.load_from_checkpoint("{best["checkpoint"]}", weights_only=True)')
-    if not Path(best["checkpoint"]).exists():
-        print("                  (on the machine that has trained it)")
-    print(f"full length:      python main.py {command_line(best['options'])}")
-    return True
+    if complete:
+        print_table(complete[:5])
+        print_lead(complete)
+        for name, end in at_an_end(complete).items():
+            print(f"at an end:        {name}, the {end} one of its range: widen it, under another --study_name")
+        save_pictures(study, folder)
+        print(f"pictures, logs:   {folder}\nto look at them:  tensorboard --logdir {folder}")
+        best = complete[0].user_attrs
+        print(f'its weights:      Classifier.load_from_checkpoint("{best["checkpoint"]}", weights_only=True)')
+        print(f"full length:      python main.py {command_line(best['options'])}")
+    return bool(complete)
 
 
 def is_baseline(trial: FrozenTrial) -> bool:
@@ -50,23 +46,34 @@ def is_baseline(trial: FrozenTrial) -> bool:
     return "seed" in trial.user_attrs
 
 
+def print_table(trials: list[FrozenTrial]) -> None:
+    """Prints a line for each trial, with its numbers rounded."""
+    rows = [["trial", "val accuracy", *trials[0].user_attrs["options"]]]
+    for trial in trials:
+        values = trial.user_attrs["options"].values()
+        rounded = [f"{value:.3g}" if isinstance(value, float) else str(value) for value in values]
+        rows.append([str(trial.number), f"{trial.value:.2%}", *rounded])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    print()
+    for row in rows:
+        print("  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)))
+
+
 def print_lead(complete: list[FrozenTrial]) -> None:
     """Prints how far the best trial is ahead, and by how much the baseline's accuracy scatters over its seeds."""
-    accuracies = [100 * trial.value for trial in complete]
+    best, *others = (100 * trial.value for trial in complete)
     seeds = [100 * trial.value for trial in complete if is_baseline(trial)]
     scatter = statistics.stdev(seeds) if len(seeds) > 1 else 0.0
-    leads = {}
     print()
     if seeds:
         scattered = f", its {len(seeds)} seeds scatter by {scatter:.2f} points" if scatter else ""
         print(f"baseline:         {statistics.mean(seeds):.2f}%{scattered}")
-        leads["the baseline"] = accuracies[0] - statistics.mean(seeds)
-    if len(complete) > 1:
-        leads["the next trial"] = accuracies[0] - accuracies[1]
-    print(f"best trial:       {accuracies[0]:.2f}%")
-    for name, lead in leads.items():
-        times = f", {lead / scatter:.1f} times this scatter" if scatter else ""
-        print(f"                  {lead:.2f} points ahead of {name}{times}")
+    print(f"best trial:       {best:.2f}%")
+    rivals = {"the baseline": seeds and statistics.mean(seeds), "the next trial": others and others[0]}
+    for name, rival in rivals.items():
+        if rival:
+            times = f", {(best - rival) / scatter:.1f} times this scatter" if scatter else ""
+            print(f"                  {best - rival:.2f} points ahead of {name}{times}")
 
 
 def at_an_end(complete: list[FrozenTrial]) -> dict[str, str]:
@@ -90,24 +97,10 @@ def at_an_end(complete: list[FrozenTrial]) -> dict[str, str]:
 
 
 def command_line(options: dict[str, Any]) -> str:
-    """The options as one types them, to the last digit."""
-    values = {name: str(value).replace(", ", ",") for name, value in options.items()}
-    # Double quotes, as Windows knows no others.
-    quoted = {name: value if re.fullmatch(r"[\w./+-]+", value) else f'"{value}"' for name, value in values.items()}
-    return " ".join(f"--{name} {value}" for name, value in quoted.items())
-
-
-def print_table(trials: list[FrozenTrial]) -> None:
-    """Prints a line for each trial, with its numbers rounded."""
-    rows = [["trial", "val accuracy", *trials[0].user_attrs["options"]]]
-    for trial in trials:
-        values = trial.user_attrs["options"].values()
-        rounded = [f"{value:.3g}" if isinstance(value, float) else str(value) for value in values]
-        rows.append([str(trial.number), f"{trial.value:.2%}", *rounded])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    print()
-    for row in rows:
-        print("  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)))
+    """The options as one types them, to the last digit. Double quotes, as Windows knows no others."""
+    return " ".join(
+        f'--{name} "{value}"' if isinstance(value, list) else f"--{name} {value}" for name, value in options.items()
+    )
 
 
 def save_pictures(study: optuna.Study, folder: Path) -> None:
