@@ -20,6 +20,7 @@ from common.data import DATA_DIR as DATA
 from common.data import MNISTDataModule
 
 ROOT = Path(__file__).parent.parent
+QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
 
 
 @pytest.fixture(scope="session", autouse=True)
