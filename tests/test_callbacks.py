@@ -316,7 +316,7 @@ def test_mean_and_std_take_their_double_precision_on_the_cpu():
 
 def mixed_precision() -> MixedPrecision:
     """16-mixed as on a GPU, with a scale for the loss, which Lightning by itself has on GPUs only."""
-    return MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))
+    return MixedPrecision("16-mixed", "cpu")
 
 
 @pytest.mark.parametrize("clip", [None, 1e6])
