@@ -16,16 +16,6 @@ from common.model import MLP
 from tests.conftest import QUIET
 
 
-def test_losses_are_means_over_images_whatever_the_batches(data: MNISTDataModule):
-    # 5,000 = 3 × 1,500 + 500: a plain mean over batches would weigh the last 500 three times.
-    data.batch_size = 1500
-    classifier = Classifier(MLP([16]))
-    trainer = pl.Trainer(**QUIET)
-    [metrics] = trainer.validate(classifier, data, verbose=False)
-    expected = F.cross_entropy(classifier(data.val_set.images), data.val_set.labels).item()
-    assert metrics["loss/val"] == pytest.approx(expected, rel=1e-5)
-
-
 def test_each_step_returns_loss_labels_and_logits_and_only_training_smooths_the_labels(data: MNISTDataModule):
     kept = {}
 
