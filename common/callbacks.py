@@ -59,10 +59,7 @@ class MetricsCallback(pl.Callback):
 
 
 class TestPicturesCallback(pl.Callback):
-    """Draws two pictures of a test into TensorBoard: the confusion matrix, and the mistakes of highest loss.
-
-    With a logger that has no `add_figure` it draws nothing.
-    """
+    """Draws two pictures of a test, if the logger has `add_figure`: confusion matrix and mistakes of highest loss."""
 
     __test__ = False  # pytest would take it for a test, by its name
 

@@ -66,7 +66,7 @@ class Classifier(pl.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         # A fused optimizer takes the loss's scale of 16-mixed off the gradients inside its step: too late for callbacks
-        # that look at them, and for clipping, which Lightning refuses then (2.6 with bf16-mixed too).
+        # that look at them, and for clipping, which Lightning refuses then (2.6.6 with bf16-mixed too).
         fused = "mixed" not in self.trainer.precision
         optimizer = torch.optim.AdamW(
             self.parameters(), lr=self.hparams.learning_rate, weight_decay=self.hparams.weight_decay, fused=fused
