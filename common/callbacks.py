@@ -7,11 +7,10 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
-from torchmetrics import CatMetric, MetricCollection
+from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix, MulticlassF1Score
+from torchmetrics.utilities.distributed import gather_all_tensors
 
 
 class MetricsCallback(pl.Callback):
@@ -60,23 +59,21 @@ class MetricsCallback(pl.Callback):
 
 
 class TestPicturesCallback(pl.Callback):
-    """Draws two pictures of a test into TensorBoard: the confusion matrix, and the mistakes of highest loss."""
+    """Draws two pictures of a test, if the logger has `add_figure`: confusion matrix and mistakes of highest loss."""
 
     __test__ = False  # pytest would take it for a test, by its name
 
     def __init__(self, num_classes: int = 10, num_mistakes: int = 25) -> None:
         self.confusion = MulticlassConfusionMatrix(num_classes)
-        # Looking for NaN in each update would wait for the device.
-        self.mistakes = {name: CatMetric(nan_strategy="disable") for name in ("images", "y", "y_pred", "losses")}
+        self.mistakes: list[tuple[Tensor, ...]] = []  # of each batch the worst images, y, y_pred, losses
         self.num_mistakes = num_mistakes
 
     def setup(self, trainer, pl_module, stage: str) -> None:
-        for metric in (self.confusion, *self.mistakes.values()):
-            metric.to(trainer.strategy.root_device)
+        self.confusion.to(trainer.strategy.root_device)
 
     def on_test_epoch_start(self, trainer, pl_module) -> None:
-        for metric in (self.confusion, *self.mistakes.values()):
-            metric.reset()
+        self.confusion.reset()
+        self.mistakes.clear()
 
     def on_test_batch_end(
         self, trainer, pl_module, outputs: dict[str, Tensor], batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -86,18 +83,18 @@ class TestPicturesCallback(pl.Callback):
         # Right predictions get a loss of 0 and come last. To drop them by a mask would wait for the device.
         losses = F.cross_entropy(y_pred, y, reduction="none") * (y_pred.argmax(dim=1) != y)
         losses, worst = losses.topk(min(self.num_mistakes, len(y)))
-        rows = {"images": batch[0][worst], "y": y[worst], "y_pred": y_pred[worst].argmax(dim=1), "losses": losses}
-        for name, metric in self.mistakes.items():
-            metric.update(rows[name])
+        self.mistakes.append((batch[0][worst], y[worst], y_pred[worst].argmax(dim=1), losses))
 
     def on_test_epoch_end(self, trainer, pl_module) -> None:
-        # Every process has to take part in compute, but only the first one has a logger to draw into.
+        # Every process has to take part in what gathers, but only the first one has a logger to draw into.
         confusion = self.confusion.compute()
-        mistakes = {name: metric.compute().cpu() for name, metric in self.mistakes.items()}
+        mistakes = [torch.cat(parts) for parts in zip(*self.mistakes, strict=True)]
+        if trainer.world_size > 1:  # trainer.strategy.all_gather wants as many rows from each process, and they differ
+            mistakes = [torch.cat(gather_all_tensors(part)) for part in mistakes]
         if trainer.is_global_zero and hasattr(getattr(trainer.logger, "experiment", None), "add_figure"):
             for name, figure in {
                 "confusion/test": self.confusion.plot(confusion.cpu())[0],
-                "mistakes/test": self.draw_mistakes(**mistakes),
+                "mistakes/test": self.draw_mistakes(*(part.cpu() for part in mistakes)),
             }.items():
                 figure.set_layout_engine("constrained")
                 figure.set_size_inches(7, 7)
@@ -110,21 +107,9 @@ class TestPicturesCallback(pl.Callback):
         for axis in axes.flat:
             axis.axis("off")
         for axis, i in zip(axes.flat, wrong[: self.num_mistakes], strict=False):
-            axis.imshow(images[i].squeeze().numpy(), cmap="gray_r")
-            axis.set_title(f"true {y[i]:.0f}, predicted {y_pred[i]:.0f}", fontsize=9)  # CatMetric makes floats of them
+            axis.imshow(images[i].squeeze().float().numpy(), cmap="gray_r")  # NumPy has no bfloat16
+            axis.set_title(f"true {y[i]}, predicted {y_pred[i]}", fontsize=9)
         return figure
-
-
-def histogram_writer_or_warning(trainer: pl.Trainer, callback: pl.Callback) -> SummaryWriter | None:
-    """Returns the logger's own object if it draws histograms, as TensorBoard's does, and warns if it does not."""
-    writer = getattr(trainer.logger, "experiment", None)
-    if hasattr(writer, "add_histogram"):
-        return writer
-    rank_zero_warn(
-        f"{type(callback).__name__} writes nothing into the log: {type(trainer.logger).__name__} has no add_histogram."
-        " TensorBoardLogger has."
-    )
-    return None
 
 
 def mean_and_std(tag: str, name: str, values: Tensor) -> dict[str, float]:
@@ -139,7 +124,7 @@ class GradientHistogramCallback(pl.Callback):
 
     The scalars are `gradient_norm/{name}`, `gradient_mean/{name}` and `gradient_std/{name}`.
     It calls `trainer.logger.experiment`, the logger's own object (here TensorBoard's SummaryWriter), as one does for
-    all that `self.log` has no word for. With a logger that has no histograms it warns once and does nothing.
+    all that `self.log` has no word for. With a logger that has no `add_histogram` it does nothing.
 
     Args:
         every_n_steps: histograms at every step would cost more than the training.
@@ -147,13 +132,11 @@ class GradientHistogramCallback(pl.Callback):
 
     def __init__(self, every_n_steps: int = 200) -> None:
         self.every_n_steps = every_n_steps
-        self.writer: SummaryWriter | None = None
-
-    def on_fit_start(self, trainer, pl_module) -> None:
-        self.writer = histogram_writer_or_warning(trainer, self)
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer: torch.optim.Optimizer) -> None:
-        if self.writer is None or not trainer.is_global_zero or trainer.global_step % self.every_n_steps:
+        if trainer.global_step % self.every_n_steps or not trainer.is_global_zero:
+            return
+        if not hasattr(getattr(trainer.logger, "experiment", None), "add_histogram"):
             return
         for name, parameter in pl_module.named_parameters():
             if parameter.grad is None:
@@ -162,7 +145,7 @@ class GradientHistogramCallback(pl.Callback):
             gradient = parameter.grad.float()
             norm = gradient.norm()
             if norm.isfinite():  # a histogram of anything else raises
-                self.writer.add_histogram(f"gradient/{name}", gradient, trainer.global_step, bins=64)
+                trainer.logger.experiment.add_histogram(f"gradient/{name}", gradient, trainer.global_step, bins=64)
                 scalars = {f"gradient_norm/{name}": norm} | mean_and_std("gradient", name, gradient)
                 trainer.logger.log_metrics(scalars, step=trainer.global_step)
 

@@ -1,58 +1,77 @@
 """The Lightning module under a real Trainer."""
 
+import math
 from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from pytorch_lightning.callbacks import LambdaCallback
+from torch import Tensor, nn
 
 from common.classifier import Classifier
 from common.data import MNISTDataModule
 from common.model import MLP
-
-QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-
-
-def test_losses_are_means_over_images_whatever_the_batches(data: MNISTDataModule):
-    # 5,000 = 3 × 1,500 + 500: a plain mean over batches would weigh the last 500 three times.
-    data.batch_size = 1500
-    classifier = Classifier(MLP([16]))
-    trainer = pl.Trainer(**QUIET)
-    [metrics] = trainer.validate(classifier, data, verbose=False)
-    expected = F.cross_entropy(classifier(data.val_set.images), data.val_set.labels).item()
-    assert metrics["loss/val"] == pytest.approx(expected, rel=1e-5)
-
-
-class KeepOutputs(pl.Callback):
-    def __init__(self) -> None:
-        self.outputs: dict[str, dict[str, Tensor]] = {}
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
-        self.outputs[trainer.state.stage.dataloader_prefix] = outputs
-
-    on_validation_batch_end = on_test_batch_end = on_train_batch_end
+from tests.conftest import QUIET
 
 
 def test_each_step_returns_loss_labels_and_logits_and_only_training_smooths_the_labels(data: MNISTDataModule):
-    classifier, keep = Classifier(MLP([16]), label_smoothing=0.5), KeepOutputs()
-    trainer = pl.Trainer(fast_dev_run=True, callbacks=[keep], **QUIET)
+    kept = {}
+
+    def keep(trainer: pl.Trainer, pl_module: Classifier, outputs: dict[str, Tensor], *_: object) -> None:
+        kept[trainer.state.stage.dataloader_prefix] = outputs
+
+    callback = LambdaCallback(on_train_batch_end=keep, on_validation_batch_end=keep, on_test_batch_end=keep)
+    classifier = Classifier(MLP([16]), label_smoothing=0.5)
+    trainer = pl.Trainer(fast_dev_run=True, callbacks=[callback], **QUIET)
     trainer.fit(classifier, data)
     trainer.test(classifier, data, verbose=False)
-    for stage, label_smoothing in {"train": 0.5, "val": 0.0, "test": 0.0}.items():
-        loss, y, y_pred = (keep.outputs[stage][name] for name in ("loss", "y", "y_pred"))
-        assert keep.outputs[stage].keys() == {"loss", "y", "y_pred"}
+    for stage, smoothing in {"train": 0.5, "val": 0.0, "test": 0.0}.items():
+        loss, y, y_pred = (kept[stage][name] for name in ("loss", "y", "y_pred"))
+        assert kept[stage].keys() == {"loss", "y", "y_pred"}
         assert y_pred.shape == (512, 10)
         assert not y_pred.requires_grad  # or a callback that keeps it would keep the graph of the batch
-        assert torch.equal(loss, F.cross_entropy(y_pred, y, label_smoothing=label_smoothing))
-        assert loss != F.cross_entropy(y_pred, y, label_smoothing=0.5 - label_smoothing)
+        # Szegedy et al. 2016, section 7: cross-entropy with a mix of the label and the uniform distribution
+        target = (1 - smoothing) * F.one_hot(y, 10) + smoothing / 10
+        torch.testing.assert_close(loss, -(target * y_pred.log_softmax(dim=1)).sum(dim=1).mean())
 
 
-def test_predict_gives_probabilities(data: MNISTDataModule):
-    probabilities = torch.cat(pl.Trainer(**QUIET).predict(Classifier(MLP([16])), data))
-    assert probabilities.shape == (10_000, 10)
-    torch.testing.assert_close(probabilities.sum(dim=1), torch.ones(10_000))
+def one_cycle(step: int, steps: int, peak: float) -> float:
+    """Smith & Topin with PyTorch's numbers: up from 1/25 of the peak in 30 % of the steps, down to 1/250,000."""
+    turn = 0.3 * steps - 1
+    if step <= turn:
+        start, end, share = peak / 25, peak, step / turn
+    else:
+        start, end, share = peak, peak / 250_000, (step - turn) / (steps - 1 - turn)
+    return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
+
+
+def test_rates_are_one_cycle_whose_peak_is_the_learning_rate_and_steps_are_those_of_adamw(data: MNISTDataModule):
+    rates, weights, gradients = [], [], []
+
+    def keep(trainer: pl.Trainer, pl_module: Classifier, optimizer: torch.optim.Optimizer) -> None:
+        rates.append(optimizer.param_groups[0]["lr"])
+        weights.append(nn.utils.parameters_to_vector(pl_module.parameters()).detach())
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in pl_module.parameters()]))
+
+    callback = LambdaCallback(on_before_optimizer_step=keep)
+    short = {"max_epochs": 2, "limit_train_batches": 20, "accumulate_grad_batches": 2, "limit_val_batches": 0}
+    trainer = pl.Trainer(**short, callbacks=[callback], enable_checkpointing=False, **QUIET)
+    trainer.fit(Classifier(MLP([16]), learning_rate=0.02, weight_decay=0.7), data)
+    assert rates == pytest.approx([one_cycle(step, 20, 0.02) for step in range(20)])
+    assert max(rates) == 0.02
+    # Loshchilov & Hutter, algorithm 2, where PyTorch multiplies the decay by the rate; at the first step the moments,
+    # with their bias taken off, are the gradient and its square.
+    expected = weights[0] - rates[0] * (gradients[0] / (gradients[0].abs() + 1e-8) + 0.7 * weights[0])
+    torch.testing.assert_close(weights[1], expected, rtol=0, atol=1e-6)
+
+
+def test_predict_gives_the_probabilities_of_each_image(data: MNISTDataModule):
+    classifier = Classifier(MLP([16]))
+    probabilities = torch.cat(pl.Trainer(**QUIET).predict(classifier, data))
+    powers = classifier(data.test_set.images).exp()
+    torch.testing.assert_close(probabilities, powers / powers.sum(dim=1, keepdim=True))
 
 
 def test_checkpoint_alone_rebuilds_model_and_module(data: MNISTDataModule, tmp_path: Path):

@@ -17,7 +17,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from pytorch_lightning.callbacks import EarlyStopping, LearningRateMonitor
+from pytorch_lightning.callbacks import LearningRateMonitor
 from pytorch_lightning.loggers import CSVLogger
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
@@ -25,12 +25,10 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from torchmetrics.functional.classification import multiclass_f1_score
 from torchvision.datasets import MNIST
 from torchvision.models import ResNet18_Weights
-from torchvision.transforms import v2
-from torchvision.utils import save_image
 
 from common.data import MEAN, STD, MNISTDataModule
 from common.model import MLP
-from tests.conftest import DATA, ROOT, assert_one_line_error, read_events
+from tests.conftest import DATA, QUIET, ROOT, assert_one_line_error, read_events
 
 STARTER = ROOT / "docs/starter.py"
 PAGE = (ROOT / "docs/your_project.md").read_text()
@@ -38,13 +36,6 @@ PAGE = (ROOT / "docs/your_project.md").read_text()
 BLOCKS = {
     re.findall(r"^##+ (.+)$", PAGE[: match.start()], re.MULTILINE)[-1]: match[1]
     for match in re.finditer(r"^```python\n(.+?)^```$", PAGE, re.MULTILINE | re.DOTALL)
-}
-QUIET = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
 }
 CHECKPOINTS = Path("lightning_logs/version_0/checkpoints")
 
@@ -60,18 +51,6 @@ def write_images(folder: Path) -> None:
             (folder / split / name).mkdir(parents=True)
             for number in range(count):
                 mnist[next(indices)][0].save(folder / split / name / f"{number}.png")
-
-
-def write_photographs(folder: Path) -> None:
-    """Smooth color with noise, as large and as slow to decode as a small photograph."""
-    draw = torch.Generator().manual_seed(0)
-    for split in ("train", "val", "test"):
-        for name in ("left", "right"):
-            (folder / split / name).mkdir(parents=True)
-            for number in range(12 if split == "train" else 2):
-                smooth = F.interpolate(torch.rand(1, 3, 12, 16, generator=draw), size=(480, 640), mode="bicubic")[0]
-                image = smooth + 0.05 * torch.randn(3, 480, 640, generator=draw)
-                save_image(image.clamp(0, 1), folder / split / name / f"{number}.jpg")
 
 
 def write_table(path: Path) -> None:
@@ -125,12 +104,6 @@ def run_block(
 
 def saved(folder: Path, name: str) -> dict:
     return torch.load(folder / CHECKPOINTS / name, weights_only=True)
-
-
-def test_starter_is_short_and_stands_alone():
-    code = [line for line in STARTER.read_text().splitlines() if line.strip()]
-    assert 60 <= len(code) <= 90
-    assert not any("common" in line for line in code)
 
 
 def test_starter_keeps_the_best_epoch_and_the_newest_and_goes_on_from_it(folder: Path):
@@ -208,22 +181,6 @@ def test_training_images_alone_are_changed_at_random(folder: Path, monkeypatch: 
     assert torch.equal(data.val_set[0][0], data.val_set[0][0])
 
 
-def test_every_block_has_its_test():
-    tested = {
-        "Start with one file",
-        "Use what it has learned",
-        "A table",
-        "Images that fit into memory",
-        "A pretrained backbone",
-        "Several validation sets",
-        "More data than memory",
-        "A test of your module",
-        "When it does not learn",
-    }
-    assert BLOCKS.keys() == tested
-    assert PAGE.count("```python") == len(tested)
-
-
 def test_images_are_split(run_block: Callable, folder: Path):
     for split in ("train", "val", "test"):
         for path in (folder / "data" / split).glob("*/*"):
@@ -263,25 +220,15 @@ def without_numbers(text: str) -> str:
 
 
 def test_images_in_memory_are_the_same(run_block: Callable, folder: Path):
-    """The page shows what the block has printed for the digits and for photographs; its words, as times differ."""
     names, printed = run_block("Images that fit into memory")
-    write_photographs(folder / "photographs")
-    printed += run_block("Images that fit into memory", ('"data"', '"photographs"'))[1]
     shown = re.search(r"```text\n(files .+?)```", PAGE, re.DOTALL)[1]
-    assert without_numbers(printed) == without_numbers(shown)
+    assert without_numbers(shown).startswith(without_numbers(printed))  # then those of photographs; times differ
     memory, files = names["ImagesInMemory"]("data"), names["ImageData"]("data", num_workers=0)
     assert memory.train_set.classes == files.train_set.classes  # starter.py asks for them
     for ours, usual in zip(memory.val_dataloader(), files.val_dataloader(), strict=True):
         assert torch.equal(ours[0], usual[0])
         assert torch.equal(ours[1], usual[1])
     pl.Trainer(fast_dev_run=True, **QUIET).fit(sys.modules["starter"].ImageClassifier(["one", "seven", "zero"]), memory)
-
-
-def test_torchvision_mirrors_a_whole_batch_or_none_of_it():
-    images, flip = torch.rand(8, 3, 16, 16), v2.RandomHorizontalFlip()
-    results = [flip(images) for _ in range(20)]
-    assert all(torch.equal(result, images) or torch.equal(result, images.flip(-1)) for result in results)
-    assert any(not torch.equal(result, images) for result in results)
 
 
 def test_backbone_is_frozen_then_trained(run_block: Callable, monkeypatch: pytest.MonkeyPatch):
@@ -383,19 +330,6 @@ def test_slurm_and_the_trainer_must_agree(monkeypatch: pytest.MonkeyPatch):
             pl.Trainer(**wrong, strategy="ddp", **QUIET).fit(Digits(), [])
 
 
-def test_early_stopping_ends_a_training_whose_loss_is_not_a_number(digits: dict):
-    """What the page names in the place of FiniteLossCallback."""
-
-    class Wrong(Digits):
-        def loss(self, logits: Tensor, y: Tensor) -> Tensor:
-            return super().loss(logits, y) * float("nan")
-
-    module, stopping = Wrong(), EarlyStopping("loss/val")
-    fit(module, digits["train"], digits["val"], 3, callbacks=[stopping])
-    assert module.trainer.current_epoch == 1
-    assert "not finite" in stopping.stopping_reason_message
-
-
 # The mistakes
 
 
@@ -444,7 +378,7 @@ def loader(images_and_labels: tuple[Tensor, Tensor], batch_size: int, shuffle: b
 
 
 def fit(module: pl.LightningModule, train: tuple, val: tuple, max_epochs: int, **options) -> dict[str, float]:
-    trainer = pl.Trainer(max_epochs=max_epochs, **QUIET | options)
+    trainer = pl.Trainer(max_epochs=max_epochs, enable_checkpointing=False, **QUIET | options)
     trainer.fit(module, loader(train, batch_size=100, shuffle=True), loader(val, batch_size=500))
     return {name: value.item() for name, value in trainer.callback_metrics.items()}
 
@@ -614,18 +548,3 @@ def test_same_images_in_training_and_validation(digits: dict, folder: Path, run_
     copy.write_bytes((folder / "data/train/zero/0.png").read_bytes())
     assert "in two folders: 1" in run_block("When it does not learn", ("max_epochs=60", "max_epochs=1"))[1]
     copy.unlink()
-
-
-def test_every_mistake_of_the_table_is_made_here():
-    made = [
-        test_softmax_before_cross_entropy,
-        test_softmax_over_the_batch,
-        test_labels_that_do_not_belong_to_the_images,
-        test_inputs_that_are_not_normalized,
-        test_eval_is_forgotten,
-        test_schedule_for_steps_goes_by_epochs,
-        test_metric_depends_on_the_batches,
-        test_same_images_in_training_and_validation,
-    ]
-    rows = re.search(r"\| mistake .+\n\| --- .+\n((?:\| .+\n)+)", PAGE)[1].splitlines()
-    assert len(rows) == len(made)

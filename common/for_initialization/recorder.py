@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from torch.utils.tensorboard import SummaryWriter
 
-from common.callbacks import histogram_writer_or_warning, mean_and_std
+from common.callbacks import mean_and_std
 from common.model import ACTIVATIONS
 
 
@@ -42,7 +42,8 @@ class ActivationHistogramCallback(pl.Callback):
         self.handles: list[RemovableHandle] = []
 
     def on_fit_start(self, trainer, pl_module) -> None:
-        self.writer = histogram_writer_or_warning(trainer, self)
+        writer = getattr(trainer.logger, "experiment", None)
+        self.writer = writer if hasattr(writer, "add_histogram") else None
         for name, module in pl_module.named_modules():
             if isinstance(module, nn.Linear):
                 self.handles.append(module.register_forward_hook(partial(self._record_linear, trainer, name)))
