@@ -1,4 +1,4 @@
-"""Measures all that goes through the layers of a network, for `initialization.py` and one option of `main.py`."""
+"""Measures all that goes through the layers of a network, with callbacks that serve other trainings too."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -8,7 +8,6 @@ import numpy as np
 import pytorch_lightning as pl
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from torch.utils.tensorboard import SummaryWriter
 
 from common.callbacks import mean_and_std
 from common.model import ACTIVATIONS
@@ -16,6 +15,8 @@ from common.model import ACTIVATIONS
 
 class ActivationHistogramCallback(pl.Callback):
     """Records what goes through each layer in training, by forward hooks, which also set a hook for the gradient.
+
+    It removes its hooks after each batch that it records, and after an error.
 
     `{what}/{name}` is a histogram, `{what}_mean/{name}` and `{what}_std/{name}` are scalars, where `what` is
 
@@ -36,41 +37,29 @@ class ActivationHistogramCallback(pl.Callback):
 
     def __init__(self, every_n_steps: int = 50) -> None:
         self.every_n_steps = every_n_steps
-        self.writer: SummaryWriter | None = None
-        self.recording = False
         self.first: dict[str, Any] = {}
         self.handles: list[RemovableHandle] = []
-
-    def on_fit_start(self, trainer, pl_module) -> None:
-        writer = getattr(trainer.logger, "experiment", None)
-        self.writer = writer if hasattr(writer, "add_histogram") else None
-        for name, module in pl_module.named_modules():
-            if isinstance(module, nn.Linear):
-                self.handles.append(module.register_forward_hook(partial(self._record_linear, trainer, name)))
-            elif isinstance(module, tuple(ACTIVATIONS.values())):
-                self.handles.append(module.register_forward_hook(partial(self._record_activation, trainer, name)))
-
-    def teardown(self, trainer, pl_module, stage: str) -> None:
-        for handle in self.handles:
-            handle.remove()
-        self.handles.clear()
-
-    def on_exception(self, trainer, pl_module, exception: BaseException) -> None:
-        self.teardown(trainer, pl_module, "fit")  # which Lightning calls only after a fit that went well
 
     def on_train_batch_start(self, trainer, pl_module, batch: Any, batch_idx: int) -> None:
         # With accumulated gradients several batches share a step; the first one stands for them.
         first = batch_idx % trainer.accumulate_grad_batches == 0
-        self.recording = trainer.is_global_zero and first and trainer.global_step % self.every_n_steps == 0
+        if trainer.is_global_zero and first and trainer.global_step % self.every_n_steps == 0:
+            for name, module in pl_module.named_modules():
+                if isinstance(module, (nn.Linear, *ACTIVATIONS.values())):
+                    self.handles.append(module.register_forward_hook(partial(self._record_output, trainer, name)))
 
-    def on_train_batch_end(self, trainer, pl_module, outputs: dict[str, Tensor], batch: Any, batch_idx: int) -> None:
-        self.recording = False
+    def on_train_batch_end(self, *_: Any) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
 
-    def at_start(self, tag: str) -> list[Any]:
-        """Returns the values `{tag}/{name}` of the first recorded step, from the first layer to the last."""
-        values = [value for name, value in self.first.items() if name.startswith(f"{tag}/")]
+    on_exception = on_train_batch_end
+
+    def at_start(self, what: str) -> list[Any]:
+        """Returns the values `{what}/{name}` of the first recorded step, from the first layer to the last."""
+        values = [value for tag, value in self.first.items() if tag.startswith(f"{what}/")]
         # A dict keeps the order of recording, and on the way back the last layer comes first.
-        return values[::-1] if tag.startswith("backpropagated") else values
+        return values[::-1] if what.startswith("backpropagated") else values
 
     def samples(self) -> dict[str, dict[int, np.ndarray]]:
         """Returns activations and gradients of about five hidden layers, counted from 1."""
@@ -78,46 +67,36 @@ class ActivationHistogramCallback(pl.Callback):
         layers = sorted({round(layer) for layer in np.linspace(1, len(tensors["activations"]), 5)})
         return {what: {i: values[i - 1].cpu().numpy() for i in layers} for what, values in tensors.items()}
 
-    def _record_linear(
+    def _record_output(
         self, trainer: pl.Trainer, name: str, module: nn.Module, inputs: tuple[Tensor], output: Tensor
     ) -> None:
-        if self.recording:
-            self._record(trainer, "preactivation", name, output, {})
+        what = "preactivation" if isinstance(module, nn.Linear) else "activation"
+        shares = {}
+        if isinstance(module, nn.Linear):
             # Precision 16-mixed multiplies the loss by a scale, and with it the gradients.
             scaler = getattr(trainer.precision_plugin, "scaler", None)
             scale = scaler.get_scale() if scaler else 1.0
             output.register_hook(
                 lambda gradient: self._record(trainer, "backpropagated", name, gradient.float() / scale, {})
             )
-
-    def _record_activation(
-        self, trainer: pl.Trainer, name: str, module: nn.Module, inputs: tuple[Tensor], output: Tensor
-    ) -> None:
-        if self.recording:
-            shares = {}
-            if isinstance(module, nn.ReLU):
-                shares[f"activation_dead/{name}"] = (output == 0).all(dim=0).float().mean().item()
-            elif isinstance(module, nn.Tanh):
-                shares[f"activation_saturated/{name}"] = (output.abs() > 0.99).float().mean().item()
-            self._record(trainer, "activation", name, output, shares)
+        elif isinstance(module, nn.ReLU):
+            shares[f"activation_dead/{name}"] = (output == 0).all(dim=0).float().mean().item()
+        elif isinstance(module, nn.Tanh):
+            shares[f"activation_saturated/{name}"] = (output.abs() > 0.99).float().mean().item()
+        self._record(trainer, what, name, output, shares)
 
     def _record(self, trainer: pl.Trainer, what: str, name: str, values: Tensor, shares: dict[str, float]) -> None:
         values = values.detach().float()  # TensorBoard would make float16 of bfloat16
         scalars = mean_and_std(what, name, values) | shares
         for tag, value in {f"{what}/{name}": values, **scalars}.items():
             self.first.setdefault(tag, value)
-        if self.writer:
-            trainer.logger.log_metrics(scalars, step=trainer.global_step)
-            if values.isfinite().all():  # a histogram of anything else raises
-                self.writer.add_histogram(f"{what}/{name}", values, trainer.global_step, bins=64)
+        trainer.logger.log_metrics(scalars, step=trainer.global_step)
+        if values.isfinite().all():  # a histogram of anything else raises
+            trainer.logger.experiment.add_histogram(f"{what}/{name}", values, trainer.global_step, bins=64)
 
 
 class LossCurveCallback(pl.Callback):
-    """Logs the training loss of each step as `loss/step` and keeps them all in `losses`; `losses[0]` is that at step 0.
-
-    They stay tensors, because reading a loss waits for the device. The logger reads one every `log_every_n_steps`, an
-    argument of the Trainer.
-    """
+    """Logs each step's loss as `loss/step` and keeps it in `losses`, as a tensor: reading it waits for the device."""
 
     def __init__(self) -> None:
         self.losses: list[Tensor] = []
@@ -135,10 +114,9 @@ DEFECTS = {"tanh": "saturated", "relu": "dead"}
 class Result:
     """What one run has measured, in lists from the first layer to the last.
 
-    All but `losses` and `accuracy` are of the first batch, at step 0. `measured_stds` and `predicted_stds` are standard
-    deviations of the pre-activations and of the loss's gradients with respect to them, where the logits are a layer
-    too; what is predicted comes from `theory.py` beside this file. `activation_stds` and `defects` are of the hidden
-    layers. `samples` has the activations and gradients of a few hidden layers, counted from 1.
+    All but `losses` and `accuracy` are of the first batch, at step 0. `measured_stds` and `predicted_stds` are of the
+    pre-activations and of the loss's gradients with respect to them, where the logits are a layer too; what is
+    predicted comes from `theory.py`. `activation_stds`, `defects` and `samples` are of the hidden layers.
     """
 
     activation: str

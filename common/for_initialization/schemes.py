@@ -81,9 +81,12 @@ def lsuv(linear: nn.Linear, activation: str, inputs: Tensor) -> None:
 
     Orthogonal, then divided by the standard deviation of the outputs. The paper repeats that until the variance is 1
     within a tolerance of 0.1; here one division is exact, because without biases the outputs scale with the weights.
+    Outputs that do not vary stay as they are: all units before them are dead, or it is one output for one image.
     """
     nn.init.orthogonal_(linear.weight)
-    linear.weight /= linear(inputs).std()  # `initialize` runs without gradients
+    std = linear(inputs).std()
+    if std > 0:
+        linear.weight /= std  # `initialize` runs without gradients
 
 
 SCHEMES = [zeros, constant, normal_small, normal_large, classic_uniform, pytorch_default]
