@@ -32,7 +32,7 @@ from common.callbacks import GradientHistogramCallback, MetricsCallback
 from common.classifier import Classifier
 from common.cli import Seed, make_version, run_from_command_line, save_config
 from common.data import DATA_DIR, MNISTDataModule
-from common.for_initialization.pictures import save_pictures
+from common.for_initialization.pictures import draw_depth
 from common.for_initialization.recorder import DEFECTS, ActivationHistogramCallback, LossCurveCallback, Result
 from common.for_initialization.schemes import INITIALIZATIONS, initialize
 from common.for_initialization.theory import predict_stds
@@ -94,7 +94,6 @@ def run_scheme(
         measured_stds={"preactivations": preactivations, "gradients": gradients},
         # The theory of gradients goes from layer to layer, and starts from the measured gradient at the logits.
         predicted_stds=predict_stds(untrained, images, gradients[-1]),
-        samples=recorder.samples(),  # values of a few layers at step 0, for the histograms
     )
 
 
@@ -154,11 +153,10 @@ def main(
         print("\ninterrupted; the results so far:")
         raise  # run_from_command_line makes an exit status of it
     finally:
-        print_table(results)
-        print()
-        for path in save_pictures(results, folder):
-            print(path)
-        print(f"tensorboard --logdir {folder}")
+        if results:
+            print_table(results)
+            draw_depth(results).savefig(folder / "depth.png", dpi=150)
+            print(f"\n{folder / 'depth.png'}\ntensorboard --logdir {folder}")
     return results
 
 

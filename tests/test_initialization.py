@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import initialization
 from common.data import MNISTDataModule
-from common.for_initialization.pictures import draw_depth, draw_histograms
+from common.for_initialization.pictures import draw_depth
 from common.for_initialization.recorder import ActivationHistogramCallback, Result
 from common.for_initialization.schemes import INITIALIZATIONS, initialize
 from common.for_initialization.theory import backward_moments, forward_moments, predict_stds
@@ -317,16 +317,15 @@ def test_every_nth_step_is_recorded_once(data, tmp_path):
         assert first[tag.replace("/", "_std/")] == pytest.approx(stds[0].value)
 
 
-def test_units_are_dead_that_are_0_for_all_images(data, tmp_path):
+def test_units_are_dead_that_are_0_for_all_images(data, images, tmp_path):
     """A quarter of the first layer's units is pushed far below 0; of the others each is 0 for some images."""
     torch.manual_seed(0)
     model = MLP([8], "relu")
     nn.init.constant_(model.layers[1].bias[:2], -1e3)
-    first = fit(model, data, tmp_path, 1)
-    zeros = first["activation/model.layers.2"] == 0
+    zeros = model.layers[:3](images) == 0
     assert zeros.all(dim=0).tolist() == [True, True] + [False] * 6
     assert zeros.any(dim=0).all()
-    assert first["activation_dead/model.layers.2"] == 0.25
+    assert fit(model, data, tmp_path, 1)["activation_dead/model.layers.2"] == 0.25
 
 
 def test_outputs_of_tanh_are_saturated_where_the_slope_is_below_2_percent(data, tmp_path):
@@ -335,9 +334,7 @@ def test_outputs_of_tanh_are_saturated_where_the_slope_is_below_2_percent(data, 
     model = MLP([8], "tanh")
     nn.init.zeros_(model.layers[1].weight)
     model.layers[1].bias.data = outputs.atanh()
-    first = fit(model, data, tmp_path, 1)
-    torch.testing.assert_close(first["activation/model.layers.2"], outputs.expand(128, 8))
-    assert first["activation_saturated/model.layers.2"] == 0.25
+    assert fit(model, data, tmp_path, 1)["activation_saturated/model.layers.2"] == 0.25
 
 
 def test_backpropagated_gradients_are_those_of_autograd(data, tmp_path):
@@ -348,7 +345,7 @@ def test_backpropagated_gradients_are_those_of_autograd(data, tmp_path):
     loss = nn.functional.cross_entropy(model.layers[4](hidden.tanh()), y)
     (expected,) = torch.autograd.grad(loss, hidden)
     first = fit(model, data, tmp_path, 1)
-    torch.testing.assert_close(first["backpropagated/model.layers.1"], expected)
+    assert first["backpropagated_mean/model.layers.1"] == pytest.approx(expected.mean().item(), rel=1e-3)
     assert first["backpropagated_std/model.layers.1"] == pytest.approx(expected.std().item(), rel=1e-3)
 
 
@@ -401,7 +398,7 @@ def test_script_prints_a_table_and_leaves_pictures_histograms_and_its_options(ca
     assert options.keys() == inspect.signature(initialization.main).parameters.keys()
     assert (options["seed"], options["schemes"], options["steps"]) == (7, ["zeros", "lsuv"], 4)
 
-    assert {path.stem for path in folder.glob("*.png")} == {"depth", "histograms_tanh", "histograms_relu"}
+    assert [path.name for path in folder.glob("*.png")] == ["depth.png"]
     assert read_events(folder / "relu/zeros").Scalars("loss/step")[0].value == pytest.approx(LN_10)
     for activation, share in (("tanh", "saturated"), ("relu", "dead")):
         events = read_events(folder / activation / "lsuv")
@@ -416,13 +413,10 @@ def test_script_prints_a_table_and_leaves_pictures_histograms_and_its_options(ca
 def test_pictures_show_what_was_measured_though_it_overflows_or_is_0(compare):
     # In each of 60 layers the standard deviation grows by 7.
     results = compare(depth=60, activations=["relu"], schemes=["normal_large", "zeros"], steps=1)
-    for axis, what in zip(draw_depth({"relu": results}).axes, ("preactivations", "gradients"), strict=True):
+    for axis, what in zip(draw_depth(results).axes, ("preactivations", "gradients"), strict=True):
         for result, lines in zip(results, (axis.lines[:2], axis.lines[2:4]), strict=True):
             np.testing.assert_array_equal(lines[0].get_ydata(), result.measured_stds[what])
             np.testing.assert_array_equal(lines[1].get_ydata(), result.predicted_stds[what])
-    large, _, *zeros = draw_histograms(results).axes
-    assert large.patches[0].get_data().edges[-1] == pytest.approx(results[0].samples["activations"][1].max(), rel=1e-5)
-    assert [len(axis.patches) for axis in zeros] == [0, 0]
 
 
 @pytest.mark.parametrize("moment", ["between trainings", "in a training", "while a value is logged"])

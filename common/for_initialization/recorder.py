@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-import numpy as np
 import pytorch_lightning as pl
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -31,13 +30,12 @@ class ActivationHistogramCallback(pl.Callback):
         every_n_steps: it records at the steps 0, n, 2n and so on, because it costs more than the training.
 
     Attributes:
-        first: all that was recorded first, tensors (batch, units) as `first["activation/{name}"]` and scalars as
-            `first["activation_std/{name}"]`.
+        first: the scalars that were recorded first, such as `first["activation_std/{name}"]`.
     """
 
     def __init__(self, every_n_steps: int = 50) -> None:
         self.every_n_steps = every_n_steps
-        self.first: dict[str, Any] = {}
+        self.first: dict[str, float] = {}
         self.handles: list[RemovableHandle] = []
 
     def on_train_batch_start(self, trainer, pl_module, batch: Any, batch_idx: int) -> None:
@@ -55,17 +53,11 @@ class ActivationHistogramCallback(pl.Callback):
 
     on_exception = on_train_batch_end
 
-    def at_start(self, what: str) -> list[Any]:
+    def at_start(self, what: str) -> list[float]:
         """Returns the values `{what}/{name}` of the first recorded step, from the first layer to the last."""
         values = [value for tag, value in self.first.items() if tag.startswith(f"{what}/")]
         # A dict keeps the order of recording, and on the way back the last layer comes first.
         return values[::-1] if what.startswith("backpropagated") else values
-
-    def samples(self) -> dict[str, dict[int, np.ndarray]]:
-        """Returns activations and gradients of about five hidden layers, counted from 1."""
-        tensors = {"activations": self.at_start("activation"), "gradients": self.at_start("backpropagated")}
-        layers = sorted({round(layer) for layer in np.linspace(1, len(tensors["activations"]), 5)})
-        return {what: {i: values[i - 1].cpu().numpy() for i in layers} for what, values in tensors.items()}
 
     def _record_output(
         self, trainer: pl.Trainer, name: str, module: nn.Module, inputs: tuple[Tensor], output: Tensor
@@ -88,7 +80,7 @@ class ActivationHistogramCallback(pl.Callback):
     def _record(self, trainer: pl.Trainer, what: str, name: str, values: Tensor, shares: dict[str, float]) -> None:
         values = values.detach().float()  # TensorBoard would make float16 of bfloat16
         scalars = mean_and_std(what, name, values) | shares
-        for tag, value in {f"{what}/{name}": values, **scalars}.items():
+        for tag, value in scalars.items():
             self.first.setdefault(tag, value)
         trainer.logger.log_metrics(scalars, step=trainer.global_step)
         if values.isfinite().all():  # a histogram of anything else raises
@@ -116,7 +108,7 @@ class Result:
 
     All but `losses` and `accuracy` are of the first batch, at step 0. `measured_stds` and `predicted_stds` are of the
     pre-activations and of the loss's gradients with respect to them, where the logits are a layer too; what is
-    predicted comes from `theory.py`. `activation_stds`, `defects` and `samples` are of the hidden layers.
+    predicted comes from `theory.py`. `activation_stds` and `defects` are of the hidden layers.
     """
 
     activation: str
@@ -127,4 +119,3 @@ class Result:
     defects: list[float]  # share of dead units (ReLU) or of saturated outputs (tanh)
     measured_stds: dict[Literal["preactivations", "gradients"], list[float]]
     predicted_stds: dict[Literal["preactivations", "gradients"], list[float]]
-    samples: dict[Literal["activations", "gradients"], dict[int, np.ndarray]]
