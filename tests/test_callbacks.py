@@ -33,8 +33,7 @@ from common.classifier import Classifier
 from common.data import MNISTDataModule
 from common.for_initialization.recorder import ActivationHistogramCallback, LossCurveCallback
 from common.model import MLP
-from tests.conftest import DATA, read_events
-from tests.test_classifier import QUIET
+from tests.conftest import DATA, QUIET, read_events
 
 
 def test_advertisements_are_silent_and_messages_that_are_no_strings_are_not():

@@ -11,8 +11,7 @@ from torch import Tensor
 from common.classifier import Classifier
 from common.data import MNISTDataModule
 from common.model import MLP
-
-QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+from tests.conftest import QUIET
 
 
 def test_losses_are_means_over_images_whatever_the_batches(data: MNISTDataModule):

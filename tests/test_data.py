@@ -17,8 +17,7 @@ from torchvision.transforms import Compose, Normalize, ToTensor
 from common.classifier import Classifier
 from common.data import ELASTIC_NODES, FILE_SIZES, MEAN, STD, MNISTDataModule, random_affine, whole_files
 from common.model import MLP
-from tests.conftest import DATA
-from tests.test_classifier import QUIET
+from tests.conftest import DATA, QUIET
 
 
 def test_committed_files_have_the_md5s_of_their_readme():

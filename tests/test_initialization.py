@@ -470,13 +470,6 @@ def test_every_scheme_gets_the_same_batches(tmp_path):
     assert second.losses == alone.losses != other_seed.losses
 
 
-def test_main_records_activations_when_asked_to(tmp_path):
-    finished = run("--max_epochs", "1", "--log_dir", str(tmp_path), "--activation_histograms", script="main.py")
-    assert finished.returncode == 0, finished.stderr
-    events = read_events(next(tmp_path.rglob("events.out.tfevents.*")).parent)
-    assert "activation/model.layers.2" in events.Tags()["histograms"]
-
-
 @pytest.mark.parametrize(
     ("options", "words"),
     [

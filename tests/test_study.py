@@ -34,8 +34,7 @@ from common.for_sweep.study import (
     storage_url,
     without_secrets,
 )
-from tests.conftest import ROOT, assert_one_line_error
-from tests.test_runs import is_gone
+from tests.conftest import ROOT, assert_one_line_error, is_gone
 
 # The workers inherit what is imported here; only `run_workers` starts them as new programs.
 FORK = multiprocessing.get_context("fork")

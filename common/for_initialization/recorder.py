@@ -1,4 +1,4 @@
-"""Measures all that goes through the layers of a network, for `initialization.py` and one option of `main.py`."""
+"""Measures all that goes through the layers of a network, for `initialization.py`."""
 
 from dataclasses import dataclass
 from functools import partial
