@@ -121,9 +121,8 @@ class ResumeCheckpoint(Checkpoint):
                 f"the schedule of {trainer.ckpt_path} has {saved} steps, and this run's has {steps}:"
                 " go on with the same options, or start a new run"
             )
-        # Or the training would go on with the patience of the checkpoint.
-        stopping = trainer.early_stopping_callback
-        callbacks[stopping.state_key]["patience"] = stopping.patience
+        if stopping := trainer.early_stopping_callback:  # or it would go on with the patience of the checkpoint
+            callbacks[stopping.state_key]["patience"] = stopping.patience
         # ModelCheckpoint forgets the best model if its folder has another path: after a move, from another working
         # directory, or where a new run goes on with an old checkpoint.
         state = callbacks[self.best.state_key]
@@ -144,7 +143,7 @@ class ResumeCheckpoint(Checkpoint):
                 module.set_rng_state(self.random_states[name])
         # Lightning forgets that it had stopped and would train another epoch.
         stopping = trainer.early_stopping_callback
-        if stopping.wait_count >= stopping.patience:
+        if stopping and stopping.wait_count >= stopping.patience:
             trainer.should_stop = True
 
     def on_train_epoch_end(self, trainer, pl_module) -> None:

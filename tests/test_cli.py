@@ -1,8 +1,11 @@
 """Options, errors in one line, and the folders of runs."""
 
+import errno
 import importlib
 import inspect
+import os
 import re
+import resource
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -54,6 +57,19 @@ def test_bad_input_is_one_line(call, tmp_path: Path, options: list[str], words: 
 def test_link_that_leads_nowhere_is_one_line(tmp_path: Path):
     (tmp_path / "logs").symlink_to(tmp_path / "not_mounted")
     assert_one_line_error(run_python(tmp_path, ROOT / "main.py", timeout=120), "logs")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # in the logger's thread
+@pytest.mark.parametrize("size", [4_000, 300_000], ids=["the logger meets it", "a checkpoint meets it"])
+def test_file_that_cannot_be_written_is_one_line(call, size: int):
+    """As on a full disk: no file may grow beyond so many bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        result = call(main, "--max_epochs", 1, "--hidden_sizes", "[512]", "--accelerator", "cpu")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert_one_line_error(result, os.strerror(errno.EFBIG))
 
 
 def test_mistake_in_the_code_shows_its_traceback(call, monkeypatch: pytest.MonkeyPatch):

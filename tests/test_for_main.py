@@ -240,14 +240,13 @@ def printed(result: subprocess.CompletedProcess, label: str) -> str:
 
 
 def test_resumed_run_remembers_the_best_checkpoint(call, stopped: Path, tmp_path: Path):
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
+    (elsewhere := tmp_path / "another folder").mkdir()
     for case in ("path", "elsewhere", "moved", "without the best"):
         folder = shutil.copytree(stopped, tmp_path / case)
-        logs, ckpt_path = folder / "logs", "last"
+        logs, ckpt_paths = folder / "logs", ["last"]
         [best] = logs.glob("main/version_0/checkpoints/epoch=0*.ckpt")
-        if case == "path":
-            ckpt_path = "logs/main/version_0/checkpoints/last.ckpt"
+        if case == "path":  # and from the last checkpoint of the run that has gone on from there
+            ckpt_paths = ["logs/main/version_0/checkpoints/last.ckpt", "last"]
         elif case == "elsewhere":
             folder = elsewhere
         elif case == "moved":
@@ -255,20 +254,22 @@ def test_resumed_run_remembers_the_best_checkpoint(call, stopped: Path, tmp_path
             best = logs / best.relative_to(folder / "logs")
         else:
             best.unlink()
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            options = ("--learning_rate", 1e-30, "--log_dir", logs, "--ckpt_path", ckpt_path)
-            resumed = call(main, *SMALL, 2, *options, folder=folder)
-        assert resumed.returncode == 0, resumed.stderr
-        assert not [warning for warning in caught if "dirpath has changed" in str(warning.message)], case
-        tested = folder / printed(resumed, "best checkpoint")
-        assert tested.name.startswith("epoch=1") if case == "without the best" else tested.samefile(best)
-        assert len(list((logs / "main").iterdir())) == (2 if case == "path" else 1)
+        for ckpt_path in ckpt_paths:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                options = ("--learning_rate", 1e-30, "--log_dir", logs, "--ckpt_path", ckpt_path)
+                resumed = call(main, *SMALL, 2, *options, folder=folder)
+            assert resumed.returncode == 0, resumed.stderr
+            assert not [warning for warning in caught if "dirpath has changed" in str(warning.message)], case
+            tested = folder / printed(resumed, "best checkpoint")
+            assert tested.name.startswith("epoch=1") if case == "without the best" else tested.samefile(best)
+        assert len(list((logs / "main").iterdir())) == len(ckpt_paths)
 
 
 def test_run_goes_on_with_the_same_hyperparameters_and_schedule_alone(call, stopped: Path):
     last = stopped / "logs/main/version_0/checkpoints/last.ckpt"
-    before = last.read_bytes()
+    config = stopped / "logs/main/version_0/config.yaml"
+    before = (last.read_bytes(), config.read_bytes())
     options = (*SMALL, 2, "--learning_rate", 1e-30, "--ckpt_path", last)
     for name, value, words in [
         ("hidden_sizes", "[32]", "'hidden_sizes': [16]"),
@@ -281,13 +282,14 @@ def test_run_goes_on_with_the_same_hyperparameters_and_schedule_alone(call, stop
     for name, value, steps in (("max_epochs", 3, 3 * STEPS), ("accumulate_grad_batches", 2, STEPS)):
         result = call(main, *options, f"--{name}", value, folder=stopped)
         assert_one_line_error(result, f"{last} has {2 * STEPS} steps, and this run's has {steps}")
-    assert last.read_bytes() == before
+    assert last.read_bytes() == before[0]
     # The newest run is still the one that has begun to train. What may change:
     options = (*options, "--ckpt_path", "last", "--precision", "bf16-mixed", "--gradient_clip_val", 1, "--patience", 1)
     resumed = call(main, *options, "--data_dir", f"{DATA}/../data", folder=stopped)
     assert resumed.returncode == 0, resumed.stderr
     assert "did not improve in the last 1 records" in printed(resumed, "stopped early")
     assert printed(resumed, "logs") == "logs/main/version_0"
+    assert config.read_bytes() == before[1]
 
 
 def test_resuming_a_run_that_had_stopped_early_only_tests(call, tmp_path: Path):

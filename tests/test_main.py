@@ -22,6 +22,7 @@ def test_short_training_logs_what_the_readme_promises(script, tmp_path: Path):
     assert accuracy > 90
     checkpoint = tmp_path / re.search(r"best checkpoint +(.+)", result.stdout)[1]
     assert Classifier.load_from_checkpoint(checkpoint, "cpu")(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
+    assert f"Loaded model weights from the checkpoint at {checkpoint.relative_to(tmp_path)}" in result.stderr
     assert "tensorboard --logdir logs" in result.stdout
 
     events = read_events(tmp_path / "logs/main/version_0")
