@@ -22,8 +22,7 @@ from common.callbacks import FiniteLossCallback, GradientHistogramCallback, Metr
 from common.classifier import Classifier
 from common.cli import Fraction, Seed, run_from_command_line
 from common.data import DATA_DIR, MNISTDataModule
-from common.for_initialization.recorder import ActivationHistogramCallback
-from common.for_main import AtomicCheckpointIO, ResumeCheckpoint, open_run
+from common.for_main import ResumeCheckpoint, open_run
 from common.model import MLP
 
 
@@ -49,7 +48,6 @@ def main(
     fast_dev_run: NonNegativeInt | bool = False,
     overfit_batches: NonNegativeInt = 0,
     profiler: Literal["simple", "advanced", "pytorch"] | None = None,
-    activation_histograms: bool = False,
     seed: Seed = 42,
     data_dir: str = DATA_DIR,
     log_dir: str = "logs",
@@ -80,7 +78,6 @@ def main(
         overfit_batches: Train on this many batches only, unaugmented, to see whether the model can memorize them;
             validation is as short.
         profiler: Report where the time goes.
-        activation_histograms: Record what each layer puts out, and the gradients that come back to it.
         seed: Seed of the initial weights, the order of the images, augmentation and dropout.
         data_dir: Folder of the MNIST files.
         log_dir: Folder for logs and checkpoints.
@@ -90,14 +87,14 @@ def main(
     Returns:
         Test accuracy of the checkpoint with the best validation accuracy, in [0, 1].
     """
-    options = dict(locals())  # all of the above by their names, for config.yaml and for resuming
+    options = dict(locals())  # all of the above by their names, for config.yaml
     pl.seed_everything(seed)
     data = MNISTDataModule(data_dir, batch_size, seed, augment and not overfit_batches)
     model = MLP(hidden_sizes, activation, dropout, batch_norm)
     classifier = Classifier(model, learning_rate, weight_decay, label_smoothing)
     # Ours: makes the folder logs/main/version_N with config.yaml, finds the checkpoint of --ckpt_path last, and refuses
-    # one whose training had other options. Without ours: TensorBoardLogger(log_dir, name="main") numbers its folders.
-    run = open_run(Path(log_dir, "main"), options)
+    # one with other hyperparameters. Without ours: TensorBoardLogger(log_dir, name="main") numbers its folders.
+    run = open_run(Path(log_dir, "main"), options, {**classifier.hparams, **data.hparams})
     # purge_step: in a resumed run, TensorBoard drops what was logged after the checkpoint, as that is done again.
     logger = TensorBoardLogger(log_dir, name="main", version=run.version, purge_step=run.step, default_hp_metric=False)
     best = ModelCheckpoint(monitor="accuracy/val", mode="max")  # keeps the epoch that is tested
@@ -111,12 +108,11 @@ def main(
         # Ours: ends a run whose loss is NaN or infinite. Without ours: EarlyStopping("loss/val", patience=max_epochs).
         FiniteLossCallback(),
         best,
-        # Ours: saves last.ckpt each epoch, with the random state and the options that open_run compares. Without ours:
+        # Ours: saves last.ckpt each epoch, with the random state. Without ours:
         # ModelCheckpoint(filename="newest", enable_version_counter=False). Its save_last=True saves at a new best only.
-        ResumeCheckpoint(options, best, run.ckpt_path),
+        ResumeCheckpoint(best),
         TQDMProgressBar(refresh_rate=20),
     ]
-    callbacks += [ActivationHistogramCallback()] if activation_histograms else []  # ours
     trainer = pl.Trainer(
         max_epochs=max_epochs,
         accelerator=accelerator,
@@ -132,7 +128,6 @@ def main(
         logger=logger,
         log_every_n_steps=20,
         callbacks=callbacks,
-        plugins=[AtomicCheckpointIO()],  # ours: a crash while saving leaves the old file whole; without ours: no line
     )
     # weights_only is the name of torch.load's safe mode: optimizer, schedule and epoch are restored all the same.
     trainer.fit(classifier, data, ckpt_path=run.ckpt_path, weights_only=True)

@@ -15,8 +15,7 @@ import torch.distributed as dist
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import restricted_number_type
 from pytorch_lightning.core.saving import save_hparams_to_yaml
-from pytorch_lightning.utilities import rank_zero_only
-from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 # In [0, 1): dropout or smoothing may be 0, but not 1.
 Fraction = restricted_number_type("Fraction", float, [(">=", 0), ("<", 1)])
@@ -38,8 +37,7 @@ class OneLineParser(ArgumentParser):
 
 
 def exit_with_one_line(program: str, message: object) -> NoReturn:
-    rank = f"rank {rank_zero_only.rank}: " if rank_zero_only.rank else ""
-    print(f"{program}: error: {rank}{' '.join(str(message).split())}", file=sys.stderr)
+    print(f"{program}: error: {' '.join(str(message).split())}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -51,20 +49,19 @@ def one_line_errors(program: str) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, FloatingPointError, MisconfigurationException, ValueError) as error:
-        if isinstance(error, ValueError):
-            # TensorBoardLogger makes a ValueError of the OSError of a full disk.
-            if not isinstance(error.__cause__, OSError):
-                raise
-            error = error.__cause__
+    except (OSError, FloatingPointError, MisconfigurationException) as error:
         exit_with_one_line(program, error)
+    except ValueError as error:
+        # TensorBoardLogger makes a ValueError of the OSError of a full disk.
+        if not isinstance(error.__cause__, OSError):
+            raise
+        exit_with_one_line(program, error.__cause__)
     except RuntimeError as error:
+        # Of several processes: one cannot be reached, or it has ended and said why.
         if "gloo" not in str(error):
             raise
-        exit_with_one_line(program, "another process has ended")  # and has said why
+        exit_with_one_line(program, error)
     except (KeyboardInterrupt, SystemExit) as stop:
-        if isinstance(stop, SIGTERMException):
-            sys.exit(128 + signal.SIGTERM)
         # In a training, Lightning turns Ctrl-C into SystemExit.
         if isinstance(stop, KeyboardInterrupt) or isinstance(stop.__context__, KeyboardInterrupt):
             sys.exit(128 + signal.SIGINT)
@@ -97,9 +94,10 @@ def versions(parent: Path) -> dict[int, Path]:
 
 def make_version(parent: Path) -> Path:
     """Makes the folder `version_N` of the next free number, which another run may take at the same moment."""
+    parent.mkdir(parents=True, exist_ok=True)  # raises where a link leads nowhere, which below would look like a folder
     for version in count(max(versions(parent), default=-1) + 1):
         try:
-            (folder := parent / f"version_{version}").mkdir(parents=True)
+            (folder := parent / f"version_{version}").mkdir()
             return folder
         except FileExistsError:
             continue

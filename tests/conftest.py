@@ -57,33 +57,42 @@ def data() -> MNISTDataModule:
     return data
 
 
-@pytest.fixture
-def script(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
-    """Runs a script of this repository in an empty folder, as a user would."""
-
-    def run(name: str, *options: object) -> subprocess.CompletedProcess:
-        command = [sys.executable, str(ROOT / name), *map(str, options)]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
-
-    return run
-
-
-def run_python(folder: Path, *words: object, timeout: float = 120) -> subprocess.CompletedProcess:
-    """Runs Python in a folder, with the modules of this repository."""
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, *map(str, words)]
-    return subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+def start(folder: Path, *words: object, **environment: str) -> subprocess.Popen:
+    """Starts Python in a folder, with the modules of this repository, as the first process of a group of its own."""
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return subprocess.Popen(
+        [sys.executable, *map(str, words)],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": paths} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
+
+
+def finish(process: subprocess.Popen, timeout: float = 600) -> subprocess.CompletedProcess:
+    """Waits for what `start` has started, and ends its whole group if that takes too long."""
+    try:
+        output, errors = process.communicate(timeout=timeout)
+    except BaseException:  # Ctrl-C too
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+
+def run_python(folder: Path, *words: object, timeout: float = 600, **environment: str) -> subprocess.CompletedProcess:
+    return finish(start(folder, *words, **environment), timeout)
 
 
 def start_script(folder: Path, name: str, *options: object) -> subprocess.Popen:
-    """Starts a script of this repository in a folder, as the first process of a group that Ctrl-C or a kill reaches."""
-    command = [sys.executable, str(ROOT / name), *map(str, options)]
-    return subprocess.Popen(
-        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    return start(folder, ROOT / name, *options)
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
+    """Runs a script of this repository in an empty folder, as a user would."""
+    return lambda name, *options: run_python(tmp_path, ROOT / name, *options)
 
 
 @pytest.fixture
@@ -108,6 +117,12 @@ def call(
     return run
 
 
+def is_gone(pid: int) -> bool:
+    """A process that has ended, though nobody may have asked for its exit status: some containers' init does not."""
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False).stdout
+    return state.strip()[:1] in ("", "Z")
+
+
 def assert_one_line_error(result: subprocess.CompletedProcess, *words: str) -> None:
     """The program ended with status 2 and a single line on stderr that has the words in it."""
     assert result.returncode == 2, result.stderr
@@ -124,6 +139,12 @@ def read_events(run: Path) -> EventAccumulator:
     events = EventAccumulator(str(run), size_guidance={"scalars": 0, "histograms": 0, "images": 0})
     events.Reload()
     return events
+
+
+def read_scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """The steps and values of each curve of a run."""
+    events = read_events(run)
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 @pytest.fixture(scope="session")

@@ -16,8 +16,7 @@ import pytorch_lightning as pl
 from common.classifier import Classifier
 from common.data import MNISTDataModule
 from common.model import MLP
-from tests.conftest import ROOT, run_python
-from tests.test_classifier import QUIET
+from tests.conftest import QUIET, ROOT, run_python
 
 README = (ROOT / "README.md").read_text()
 PAGES = {
