@@ -17,7 +17,7 @@ from urllib.parse import quote
 
 import optuna
 import pytorch_lightning as pl
-from jsonargparse.typing import PositiveFloat, PositiveInt
+from jsonargparse.typing import PositiveInt
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger
 from sqlalchemy import URL
@@ -139,7 +139,6 @@ def enqueue_baseline(study: optuna.Study, n_trials: int, seed: int) -> None:
 @storage_errors()
 def main(
     n_trials: PositiveInt = 20,
-    timeout: PositiveFloat = float("inf"),
     storage: str | None = None,
     study_name: str = "mnist",
     max_epochs: PositiveInt = 5,
@@ -153,7 +152,6 @@ def main(
 
     Args:
         n_trials: Trials of the whole study, over all workers and earlier calls; raise it for more.
-        timeout: Seconds after which no trial is started any more.
         storage: Database URL of the study; one SQLite file in log_dir if none is given.
         study_name: Name of the study in the storage.
         max_epochs: Passes over the training images of a trial that is not stopped before.
@@ -181,7 +179,7 @@ def main(
         return objective(trial, data_dir, folder, max_epochs, patience, seed, accelerator)
 
     try:
-        run_trials(study, train, n_trials, timeout, seed)  # study.optimize(train, n_trials), for several workers
+        run_trials(study, train, n_trials, seed)  # study.optimize(train, n_trials), for several workers
     except (KeyboardInterrupt, SystemExit):  # Lightning turns Ctrl-C in a training into SystemExit
         print("\ninterrupted; the same command continues the study")
         report(study, folder)

@@ -18,12 +18,9 @@ warnings.filterwarnings("ignore", ".*is smaller than the logging interval")
 warnings.filterwarnings("ignore", "GPU available but not used")
 # Lightning calls what PyTorch has deprecated; the next release of Lightning may not.
 warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated")
-# Optuna calls its pictures and its retries experimental; requirements.txt bounds the version.
+# Optuna calls heartbeats and retries experimental; requirements.txt bounds the version.
 warnings.filterwarnings("ignore", ".* is (an )?experimental")
 # common/for_sweep/study.py asks for trials outside of study.optimize, and sends the heartbeats as that does.
 warnings.filterwarnings("ignore", "Heartbeat of storage is supposed to be used")
-# A study of few trials makes poor pictures, but they improve as it goes on.
-warnings.filterwarnings("ignore", "Attempting to set identical low and high .*lims")
-warnings.filterwarnings("ignore", "The number of trials is too small|Some regimes for parameter|Target and region")
 # Advertisements for other packages.
 logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(lambda record: "Tip:" not in str(record.msg))

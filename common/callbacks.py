@@ -1,7 +1,5 @@
 """The callbacks of the scripts: scores, pictures, gradients, finite losses, without a line in the Lightning module."""
 
-from typing import Any
-
 import matplotlib.pyplot as plt
 import pytorch_lightning as pl
 import torch
@@ -40,9 +38,7 @@ class MetricsCallback(pl.Callback):
         # At an epoch's start, to drop what the sanity check left behind.
         self._scores(trainer).reset()
 
-    def on_train_batch_end(
-        self, trainer, pl_module, outputs: dict[str, Tensor], batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
         self._scores(trainer).update(outputs["y_pred"], outputs["y"])
 
     def on_train_epoch_end(self, trainer, pl_module) -> None:
@@ -75,9 +71,7 @@ class TestPicturesCallback(pl.Callback):
         self.confusion.reset()
         self.mistakes.clear()
 
-    def on_test_batch_end(
-        self, trainer, pl_module, outputs: dict[str, Tensor], batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
+    def on_test_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
         y_pred, y = outputs["y_pred"], outputs["y"]
         self.confusion.update(y_pred, y)
         # Right predictions get a loss of 0 and come last. To drop them by a mask would wait for the device.
@@ -134,9 +128,8 @@ class GradientHistogramCallback(pl.Callback):
         self.every_n_steps = every_n_steps
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer: torch.optim.Optimizer) -> None:
-        if trainer.global_step % self.every_n_steps or not trainer.is_global_zero:
-            return
-        if not hasattr(getattr(trainer.logger, "experiment", None), "add_histogram"):
+        can_draw = hasattr(getattr(trainer.logger, "experiment", None), "add_histogram")
+        if trainer.global_step % self.every_n_steps or not (trainer.is_global_zero and can_draw):
             return
         for name, parameter in pl_module.named_parameters():
             if parameter.grad is None:

@@ -110,16 +110,15 @@ class MNISTDataModule(pl.LightningDataModule):
         Raises:
             OSError: if that fails.
         """
-        missing = [name for name, _ in MNIST.resources if not (self.raw / name).exists()]
-        if not missing:
+        if all((self.raw / name).exists() for name, _ in MNIST.resources):
             return
         try:
+            # Beside them, and then moved: torchvision downloads nothing where extracted files lie.
             self.raw.mkdir(parents=True, exist_ok=True)
-            # Only whole files get their names, even if two runs download at the same time or one is killed.
             with TemporaryDirectory(dir=self.raw) as folder:
                 MNIST(folder, download=True)
-                for name in missing:
-                    Path(folder, "MNIST", "raw", name).replace(self.raw / name)
+                for path in Path(folder, "MNIST", "raw").glob("*.gz"):
+                    path.replace(self.raw / path.name)
         except (OSError, RuntimeError) as error:
             raise OSError(f"MNIST is missing in {self.raw}, and its download failed: {error}") from error
 
@@ -132,9 +131,9 @@ class MNISTDataModule(pl.LightningDataModule):
             images, labels = self._load("train", TRAIN_SIZE + VAL_SIZE)
             # A generator of its own: the same 5,000 images validate whatever the seed of a run.
             order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).to(labels.device)
-            self.train_set, self.val_set = (
-                TensorBatches(images[i], labels[i]) for i in order.split([TRAIN_SIZE, VAL_SIZE])
-            )
+            train, val = order.split([TRAIN_SIZE, VAL_SIZE])
+            self.train_set = TensorBatches(images[train], labels[train])
+            self.val_set = TensorBatches(images[val], labels[val])
         if stage in ("test", "predict") and self.test_set is None:
             self.test_set = TensorBatches(*self._load("t10k", TEST_SIZE))
 
@@ -148,8 +147,7 @@ class MNISTDataModule(pl.LightningDataModule):
     def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
         """Augments a training batch as a whole, on its device; Lightning calls it for the batches of every stage."""
         images, labels = batch
-        augmented = self.augment and self.trainer.training
-        return (random_affine(images), labels) if augmented else batch
+        return (random_affine(images), labels) if self.augment and self.trainer.training else batch
 
     def train_dataloader(self) -> DataLoader:
         return self._loader(self.train_set, DistributedSampler, shuffle=True, seed=self.seed)
@@ -160,8 +158,7 @@ class MNISTDataModule(pl.LightningDataModule):
     def test_dataloader(self) -> DataLoader:
         return self._loader(self.test_set, UnrepeatedDistributedSampler, shuffle=False)
 
-    def predict_dataloader(self) -> DataLoader:
-        return self.test_dataloader()
+    predict_dataloader = test_dataloader
 
     def _loader(self, dataset: TensorBatches, sampler_class: type[DistributedSampler], **sampler_options) -> DataLoader:
         # A DistributedSampler even on one process: its order is a function of seed and epoch, for which Lightning calls

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -36,14 +35,13 @@ def open_run(parent: Path, options: dict[str, Any], hparams: dict[str, Any]) -> 
     folder, ckpt_path = None, options["ckpt_path"]
     if ckpt_path == "last":
         # Lightning writes hparams.yaml when a training begins. A start that failed before is no run to go on with.
-        started = [path for _, path in sorted(versions(parent).items()) if (path / "hparams.yaml").exists()]
-        folder = started[-1] if started else None
-        last = folder / "checkpoints" / "last.ckpt" if folder else None
-        ckpt_path = str(last) if last and last.exists() else None  # a run without one starts again in its folder
-    if rank_zero_only.rank != 0:  # the first process alone writes logs, and tells the others where checkpoints go
-        return Run(ckpt_path=ckpt_path)
-    step = resumable_step(ckpt_path, hparams) if ckpt_path else 0
-    if options["fast_dev_run"]:
+        started = {number: path for number, path in versions(parent).items() if (path / "hparams.yaml").exists()}
+        folder = started[max(started)] if started else None
+        last = Path(folder or "", "checkpoints", "last.ckpt")
+        ckpt_path = str(last) if folder and last.exists() else None  # a run without one starts again in its folder
+    # The first process alone writes logs, and tells the others where checkpoints go.
+    step = resumable_step(ckpt_path, hparams) if ckpt_path and rank_zero_only.rank == 0 else 0
+    if options["fast_dev_run"] or rank_zero_only.rank != 0:
         return Run(ckpt_path=ckpt_path)
     if folder is None or ckpt_path is None:
         folder = folder or make_version(parent)
@@ -66,21 +64,13 @@ def resumable_step(path: str, hparams: dict[str, Any]) -> int:
     except OSError:
         raise
     except Exception as error:  # torch.load raises nearly any on what is no checkpoint
-        raise OSError(
-            f"{path} is damaged or no whole checkpoint of main.py, and no training can go on from it"
-            " (to use weights that sweep.py has saved: Classifier.load_from_checkpoint)"
-        ) from error
+        raise OSError(f"{path} is damaged or no whole checkpoint of main.py, from which training can go on") from error
     for name in changed:
         raise MisconfigurationException(
             f"{path} is of a run with {name} {saved.get(name)}, and this one has {hparams[name]}:"
             " go on with the same options, or start a new run"
         )
     return step
-
-
-def generators(device: torch.device) -> dict[str, ModuleType]:
-    """Returns by name the modules whose random numbers a training draws: torch for the CPU, and the device's own."""
-    return {device.type: torch.get_device_module(device), "cpu": torch}
 
 
 class ResumeCheckpoint(Checkpoint):
@@ -106,8 +96,10 @@ class ResumeCheckpoint(Checkpoint):
         self.saved = False
 
     def on_save_checkpoint(self, trainer, pl_module, checkpoint: dict[str, Any]) -> None:
-        modules = generators(trainer.strategy.root_device)
-        checkpoint["random_states"] = {name: module.get_rng_state() for name, module in modules.items()}
+        device = trainer.strategy.root_device
+        checkpoint["random_states"] = {"cpu": torch.get_rng_state()}
+        if device.type != "cpu":
+            checkpoint["random_states"][device.type] = torch.get_device_module(device).get_rng_state()
 
     def on_load_checkpoint(self, trainer, pl_module, checkpoint: dict[str, Any]) -> None:
         # Lightning calls this before it restores any callback, so all of them get what is written here.
@@ -117,10 +109,7 @@ class ResumeCheckpoint(Checkpoint):
             return
         saved, steps = checkpoint["lr_schedulers"][0]["total_steps"], trainer.estimated_stepping_batches
         if saved != steps:
-            raise MisconfigurationException(
-                f"the schedule of {trainer.ckpt_path} has {saved} steps, and this run's has {steps}:"
-                " go on with the same options, or start a new run"
-            )
+            raise MisconfigurationException(f"the checkpoint's schedule has {saved} steps, and this run's has {steps}")
         if stopping := trainer.early_stopping_callback:  # or it would go on with the patience of the checkpoint
             callbacks[stopping.state_key]["patience"] = stopping.patience
         # ModelCheckpoint forgets the best model if its folder has another path: after a move, from another working
@@ -138,9 +127,9 @@ class ResumeCheckpoint(Checkpoint):
 
     def on_train_start(self, trainer, pl_module) -> None:
         # The generators of all processes have the same seed, so the first one's states are those of all.
-        for name, module in generators(trainer.strategy.root_device).items():
-            if name in self.random_states:
-                module.set_rng_state(self.random_states[name])
+        for name, state in self.random_states.items():
+            if name in ("cpu", trainer.strategy.root_device.type):
+                (torch if name == "cpu" else torch.get_device_module(name)).set_rng_state(state)
         # Lightning forgets that it had stopped and would train another epoch.
         stopping = trainer.early_stopping_callback
         if stopping and stopping.wait_count >= stopping.patience:

@@ -45,7 +45,7 @@ def finished(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
 
 def work(url: str, objective, n_trials: int, grace_period: int = 15) -> None:
     """A worker, as `sweep.py` is one."""
-    run_trials(open_quick(url, grace_period), objective, n_trials, timeout=120, seed=0)
+    run_trials(open_quick(url, grace_period), objective, n_trials, seed=0)
 
 
 def note(path: Path, trial: optuna.Trial) -> float:

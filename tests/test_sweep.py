@@ -121,8 +121,7 @@ def test_study_is_reproducible_continued_and_reported(script, tmp_path: Path):
     assert len({trial.value for trial in baseline}) > 1
 
     folder = tmp_path / "logs/sweep/mnist"
-    pictures = {path.stem for path in folder.glob("*.png") if path.stat().st_size > 10_000}
-    assert pictures == {"history", "intermediate_values", "slice", "importances"}
+    assert [path.name for path in folder.glob("*.png")] == ["intermediate_values.png"]
     best = load(sqlite(tmp_path)).best_trial
     assert re.search(rf"^ +{best.number} +{best.value:.2%} ", second.stdout, flags=re.MULTILINE)
     assert f"baseline:         {statistics.mean(trial.value for trial in baseline):.2%}, its 3 seeds" in second.stdout
@@ -268,7 +267,6 @@ def test_interrupt_ends_the_search_with_the_results_so_far(done: int, tmp_path: 
     ("options", "words"),
     [
         (["--n_trials", "0"], ["n_trials", "v>0"]),
-        (["--timeout", "0"], ["timeout", "v>0"]),
         (["--accelerator", "mps" if torch.cuda.is_available() else "cuda"], ["accelerator is not available"]),
         (["--storage", "carrier-pigeon://loft"], ["URL"]),
         (["--log_dir", "/proc/logs"], ["/proc/logs"]),

@@ -1,4 +1,4 @@
-"""The report on a study: how its trials ended, the best ones as a table, what they say, pictures."""
+"""The report on a study: how its trials ended, the best ones as a table, what they say, a picture."""
 
 import math
 import statistics
@@ -6,15 +6,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
-import numpy as np
 import optuna
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from optuna.distributions import CategoricalDistribution
-from optuna.importance import PedAnovaImportanceEvaluator
 from optuna.trial import FrozenTrial, TrialState
-from optuna.visualization import matplotlib as plots
 
 from common.for_sweep.study import counted_trials
 
@@ -33,8 +29,8 @@ def report(study: optuna.Study, folder: Path) -> bool:
         print_lead(complete)
         for name, end in at_an_end(complete).items():
             print(f"at an end:        {name}, the {end} one of its range: widen it, under another --study_name")
-        save_pictures(study, folder)
-        print(f"pictures, logs:   {folder}\nto look at them:  tensorboard --logdir {folder}")
+        draw_intermediate_values(study).savefig(folder / "intermediate_values.png", dpi=100, bbox_inches="tight")
+        print(f"picture, logs:    {folder}\nto look at them:  tensorboard --logdir {folder}")
         best = complete[0].user_attrs
         print(f'its weights:      Classifier.load_from_checkpoint("{best["checkpoint"]}", weights_only=True)')
         print(f"full length:      python main.py {command_line(best['options'])}")
@@ -103,25 +99,6 @@ def command_line(options: dict[str, Any]) -> str:
     )
 
 
-def save_pictures(study: optuna.Study, folder: Path) -> None:
-    """Saves pictures of the study as PNG files: how the trials went, and what Optuna itself draws."""
-    # Parameters of every trial only: most trials have no third layer.
-    shared = list(optuna.search_space.intersection_search_space(study.get_trials(deepcopy=False)))
-    pictures = {
-        "intermediate_values": draw_intermediate_values(study),
-        "history": plots.plot_optimization_history(study).figure,
-        "slice": np.ravel(plots.plot_slice(study, params=shared))[0].figure,
-    }
-    if len(study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])) > 1:
-        # Optuna's default since 5.0. The older one needs scikit-learn.
-        importances = plots.plot_param_importances(study, evaluator=PedAnovaImportanceEvaluator())
-        pictures["importances"] = importances.figure
-    for name, figure in pictures.items():
-        figure.set_size_inches(max(11, figure.get_figwidth()), 5)
-        figure.savefig(folder / f"{name}.png", dpi=100, bbox_inches="tight")
-        plt.close(figure)
-
-
 def draw_intermediate_values(study: optuna.Study) -> Figure:
     """Draws the validation accuracy of each trial after each epoch; Optuna's picture does not show how it ended."""
     complete = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
@@ -132,16 +109,16 @@ def draw_intermediate_values(study: optuna.Study) -> Figure:
         f"best, trial {study.best_trial.number}": ([study.best_trial], {"color": "tab:red", "linewidth": 3}),
         "pruned": (pruned, {"color": "gray", "linestyle": "--", "zorder": 1}),
     }
-    figure, axis = plt.subplots()
+    figure = Figure(figsize=(11, 5))
+    axis = figure.subplots()
     for label, (trials, style) in groups.items():
         # Those of the complete trials, so that these can be told apart: pruned ones may leave the picture.
         limits = axis.get_ylim()
         # One line for all trials of a group; NaN lifts the pen between two of them.
-        points = [point for trial in trials for point in [*trial.intermediate_values.items(), (math.nan, math.nan)]]
-        if points:
-            axis.plot(
-                [step + 1 for step, _ in points], [value for _, value in points], label=label, marker=".", **style
-            )
+        accuracies = [item for trial in trials for item in [*trial.intermediate_values.items(), (math.nan, math.nan)]]
+        if accuracies:
+            steps, values = zip(*accuracies, strict=True)
+            axis.plot([step + 1 for step in steps], values, label=label, marker=".", **style)
     axis.set_ylim(limits)
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.yaxis.set_major_formatter(PercentFormatter(1.0))

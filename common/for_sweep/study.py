@@ -1,6 +1,6 @@
-"""The study that one or several runs of `sweep.py` work on: its database, exact counting, the trials of dead workers.
+"""The study that one or several workers share: its database, exact counting, the trials of dead workers.
 
-A worker is a program. It asks for a trial, trains it and tells how it ended, until the study has its trials.
+A worker is a run of `sweep.py`. It asks for a trial, trains it and tells how it ended, until the study has its trials.
 """
 
 import gc
@@ -114,8 +114,7 @@ def counted_trials(study: optuna.Study) -> list[FrozenTrial]:
 def run_trial(study: optuna.Study, objective: Callable[[optuna.Trial], float], n_trials: int, seed: int) -> None:
     """Runs one trial, unless the study turns out to have its `n_trials`. A mistake in the code is raised.
 
-    Not by `study.optimize`: it fails with an assertion where another worker has ended the trial, takes a NaN without
-    a word, and frees the memory of a trial only after it is told as finished.
+    `study.optimize` would fail where another worker has ended the trial, and take a NaN without a word.
     """
     trial = study.ask()
     if trial.number not in [counted.number for counted in counted_trials(study)[:n_trials]]:
@@ -124,9 +123,8 @@ def run_trial(study: optuna.Study, objective: Callable[[optuna.Trial], float], n
         return
     # Optuna asks the sampler at each suggest_...(), so a sampler set now serves this trial. Its seed is a function of
     # seed and number, so that neither a continued study nor a second worker repeats suggestions. Their sum would not
-    # do: the trials of seed 1 would be those of seed 0, one later.
-    sampler_seed = int(np.random.SeedSequence([seed, trial.number]).generate_state(1)[0])
-    # constant_liar keeps it away from what other workers are just trying.
+    # do: the trials of seed 1 would be those of seed 0, one later. constant_liar: away from what others are trying.
+    [sampler_seed] = np.random.SeedSequence([seed, trial.number]).generate_state(1).tolist()
     study.sampler = optuna.samplers.TPESampler(seed=sampler_seed, constant_liar=True)
     with get_heartbeat_thread(trial._trial_id, study._storage):
         try:
@@ -141,16 +139,14 @@ def run_trial(study: optuna.Study, objective: Callable[[optuna.Trial], float], n
     study.tell(trial, value, state, skip_if_finished=True)
 
 
-def run_trials(
-    study: optuna.Study, objective: Callable[[optuna.Trial], float], n_trials: int, timeout: float, seed: int
-) -> None:
+def run_trials(study: optuna.Study, objective: Callable[[optuna.Trial], float], n_trials: int, seed: int) -> None:
     """Runs trials until the study has `n_trials` that have ended, together with whoever else works on it.
 
     Optuna's MaxTrialsCallback counts finished trials only, so several workers would run too many.
     """
-    deadline, given_heartbeat = time.monotonic() + timeout, set()
+    given_heartbeat = set()
     with tqdm(total=n_trials, unit="trial") as bar:
-        while time.monotonic() < deadline:
+        while True:
             optuna.storages.fail_stale_trials(study)
             counted = counted_trials(study)
             ended = [trial for trial in counted if trial.state.is_finished()]
@@ -161,13 +157,11 @@ def run_trials(
             if len(counted) < n_trials or any(trial.state == TrialState.WAITING for trial in open_trials):
                 with suppress(UpdateFinishedTrialError):  # another worker took this one for dead, and repeats its trial
                     run_trial(study, objective, n_trials, seed)
-            elif open_trials:
-                # A worker may have died before its first heartbeat, and Optuna never takes a trial without any for
-                # dead. So each gets one from here, once.
-                for trial in open_trials:
-                    if trial.number not in given_heartbeat:
-                        study._storage.record_heartbeat(trial._trial_id)
-                        given_heartbeat.add(trial.number)
-                time.sleep(1)
-            else:
+            elif not open_trials:
                 break
+            else:
+                # Optuna never takes a trial for dead whose worker died before its first heartbeat: each gets one here.
+                for trial_id in {trial._trial_id for trial in open_trials} - given_heartbeat:
+                    study._storage.record_heartbeat(trial_id)
+                    given_heartbeat.add(trial_id)
+                time.sleep(1)
