@@ -51,11 +51,6 @@ def one_line_errors(program: str) -> Iterator[None]:
         yield
     except (OSError, FloatingPointError, MisconfigurationException) as error:
         exit_with_one_line(program, error)
-    except ValueError as error:
-        # TensorBoardLogger makes a ValueError of the OSError of a full disk.
-        if not isinstance(error.__cause__, OSError):
-            raise
-        exit_with_one_line(program, error.__cause__)
     except RuntimeError as error:
         # Of several processes: one cannot be reached, or it has ended and said why.
         if "gloo" not in str(error):
