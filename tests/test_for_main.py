@@ -353,10 +353,11 @@ def test_open_run_numbers_new_runs_and_finds_the_newest(tmp_path: Path):
     runs, new, last = tmp_path / "main", {"ckpt_path": None, "fast_dev_run": False}, {"ckpt_path": "last"}
     assert open_run(runs, new | last, {}).version == 0
     assert [open_run(runs, new, {}).version for _ in range(1, 12)] == list(range(1, 12))
-    # Only one of them was more than a failed start.
-    (runs / "version_9/hparams.yaml").touch()
+    # Only two of them were more than a failed start.
+    for version in (9, 10):
+        (runs / f"version_{version}/hparams.yaml").touch()
     # A copy that someone keeps beside the runs is none.
-    shutil.copytree(runs / "version_9", runs / "version_9_backup")
+    shutil.copytree(runs / "version_10", runs / "version_99_backup")
     run = open_run(runs, new | last, {})
-    assert (run.version, run.ckpt_path, run.step) == (9, None, 0)
+    assert (run.version, run.ckpt_path, run.step) == (10, None, 0)
     assert open_run(runs, new, {}).version == 12
