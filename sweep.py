@@ -13,7 +13,6 @@ for several workers.
 import sys
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import quote
 
 import optuna
 import pytorch_lightning as pl
@@ -24,10 +23,10 @@ from sqlalchemy import URL
 
 from common.callbacks import FiniteLossCallback, MetricsCallback
 from common.classifier import Classifier
-from common.cli import Seed, run_from_command_line, save_config
+from common.cli import Seed, run_from_command_line
 from common.data import DATA_DIR, MNISTDataModule
 from common.for_sweep.report import report
-from common.for_sweep.study import counted_trials, open_study, run_trials, storage_errors, without_secrets
+from common.for_sweep.study import counted_trials, open_study, run_trials, storage_errors
 from common.model import MLP
 
 
@@ -161,18 +160,12 @@ def main(
         data_dir: Folder of the MNIST files.
         log_dir: Folder for the storage, logs, checkpoints and pictures.
     """
-    options = dict(locals())  # all of the above by their names, for config.yaml
-    parent = Path(log_dir, "sweep")
-    parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(log_dir, "sweep", study_name)
+    folder.mkdir(parents=True, exist_ok=True)
     MNISTDataModule(data_dir).prepare_data()  # here, so that missing data ends the program and not the first trial
 
-    database = storage or URL.create("sqlite", database=str(parent / "optuna.db"))
+    database = storage or URL.create("sqlite", database=str(Path(log_dir, "sweep", "optuna.db")))
     study = open_study(database, study_name, PRUNER, max_epochs)  # optuna.create_study(…, load_if_exists=True)
-    if storage:
-        options["storage"] = without_secrets(storage)
-        parent /= quote(options["storage"], safe="")  # studies in two databases may share a name
-    folder = parent / quote(study_name, safe="")
-    save_config(folder, options)
     enqueue_baseline(study, n_trials, seed)
 
     def train(trial: optuna.Trial) -> float:

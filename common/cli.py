@@ -95,5 +95,4 @@ def make_version(parent: Path) -> Path:
 
 def save_config(folder: Path, options: dict[str, Any]) -> None:
     """Writes `config.yaml` into the folder, with which `--config` does the same again."""
-    folder.mkdir(parents=True, exist_ok=True)
     save_hparams_to_yaml(folder / "config.yaml", options)

@@ -18,7 +18,7 @@ from sqlalchemy import URL
 from torch import nn
 
 import sweep
-from common.for_sweep.study import counted_trials, open_study, run_trial, run_trials, without_secrets
+from common.for_sweep.study import counted_trials, open_study, run_trial, run_trials
 from tests.conftest import assert_one_line_error
 
 # The workers inherit what is imported here.
@@ -244,11 +244,6 @@ def test_no_error_shows_the_password(url: str, words: list[str], call):
     result = call(sweep.main, "--storage", url)
     assert_one_line_error(result, *words)
     assert "secret" not in result.stderr + result.stdout
-
-
-def test_config_has_no_password():
-    url = "postgresql+psycopg://me:secret@host:5433/a?password=secret"
-    assert without_secrets(url) == "postgresql+psycopg://me@host:5433/a"
 
 
 def test_rights_that_a_database_denies_are_one_line(server, postgresql: str, call):

@@ -40,12 +40,6 @@ def storage_errors(*others: type[Exception]) -> Iterator[None]:
         raise MisconfigurationException(f"--storage: {reason}") from error
 
 
-def without_secrets(storage: str) -> str:
-    """The URL of a database without password and query."""
-    url = make_url(storage)
-    return URL.create(url.drivername, url.username, None, url.host, url.port, url.database).render_as_string()
-
-
 def open_storage(url: URL) -> RDBStorage:
     """Opens Optuna's database for several workers. One that is silent for 15 seconds is taken for dead.
 
