@@ -2,7 +2,6 @@
 
 python initialization.py
 python initialization.py --depth 30 --learning_rate 0.002 --activations "[relu]"
-tensorboard --logdir logs/initialization
 
 With weights w of mean zero, each layer multiplies the variance of the signal by about fan_in * Var(w) times what the
 activation lets through, and that of the gradient by about fan_out * Var(w) times the mean of the activation's squared
@@ -30,7 +29,7 @@ from tqdm import tqdm
 
 from common.callbacks import GradientHistogramCallback, MetricsCallback
 from common.classifier import Classifier
-from common.cli import Seed, make_version, run_from_command_line, save_config
+from common.cli import Seed, make_version, run_from_command_line
 from common.data import DATA_DIR, MNISTDataModule
 from common.for_initialization.pictures import draw_depth
 from common.for_initialization.recorder import DEFECTS, ActivationHistogramCallback, LossCurveCallback, Result
@@ -139,8 +138,7 @@ def main(
     data.setup("fit")
 
     # A folder for each call: TensorBoard would mix runs of another depth with these.
-    folder = make_version(Path(log_dir, "initialization"))
-    save_config(folder, options)
+    folder = make_version(Path(log_dir, "initialization"), options)
     results = []
     progress = tqdm(list(product(dict.fromkeys(activations), dict.fromkeys(schemes))), unit="run")
     try:
@@ -161,9 +159,7 @@ def main(
 
 
 def print_table(results: list[Result]) -> None:
-    """Prints a table for each activation: std in the first and the last hidden layer, share of dead units or saturated
-    outputs as a mean over all hidden layers.
-    """
+    """Prints a table for each activation; the share of dead units or saturated outputs is of all hidden layers."""
     for activation in dict.fromkeys(result.activation for result in results):
         print(
             f"\n{activation:16} {'loss at step 0':>14}  {'activation std':^20}  {'gradient std':^20}"

@@ -1,16 +1,13 @@
-"""Searches the hyperparameters of `main.py` with Optuna.
+"""Searches the hyperparameters of `main.py` with Optuna. The same command in another terminal is a second worker.
 
 python sweep.py
-python sweep.py --storage postgresql+psycopg://user@host/database
+python sweep.py --storage postgresql+psycopg://user@host/database    (workers on several machines)
 
-Several workers share a search: start the same command in another terminal, or with one database on other machines.
-
-For a single one, `optuna.create_study(direction="maximize")` and `study.optimize(objective, n_trials=20)` would do.
-Read the search space first, then `objective`, which trains one trial. `common/for_sweep/study.py` makes these two calls
-for several workers.
+Read the search space first, then `objective`, which trains one trial. For a single worker,
+`optuna.create_study(direction="maximize")` and `study.optimize(objective, n_trials=20)` would do the rest;
+`common/for_sweep/study.py` makes these two calls for several.
 """
 
-import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -69,8 +66,7 @@ PRUNER = optuna.pruners.PercentilePruner(33.3, n_startup_trials=BASELINE_TRIALS)
 class PruningCallback(pl.Callback):
     """Reports the validation accuracy of each epoch to the trial, and ends a training that the pruner gives up.
 
-    Optuna's own callback is made for the package `lightning`, whose Callback is another class than that of
-    `pytorch_lightning`.
+    Optuna's own callback is made for the package `lightning`, whose Callback is another class.
     """
 
     def __init__(self, trial: optuna.Trial) -> None:
@@ -178,7 +174,7 @@ def main(
         report(study, folder)
         raise
     if not report(study, folder):
-        sys.exit("no trial was completed")
+        raise SystemExit("no trial was completed")
 
 
 if __name__ == "__main__":

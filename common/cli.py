@@ -82,17 +82,13 @@ def versions(parent: Path) -> dict[int, Path]:
     return {int(number): path for path, number in numbers.items() if number.isdecimal()}
 
 
-def make_version(parent: Path) -> Path:
-    """Makes the folder `version_N` of the next free number, which another run may take at the same moment."""
+def make_version(parent: Path, options: dict[str, Any]) -> Path:
+    """Makes the folder `version_N` of the next free number, and in it the `config.yaml` of a run, for `--config`."""
     parent.mkdir(parents=True, exist_ok=True)  # raises where a link leads nowhere, which below would look like a folder
     for version in count(max(versions(parent), default=-1) + 1):
         try:
             (folder := parent / f"version_{version}").mkdir()
-            return folder
-        except FileExistsError:
+        except FileExistsError:  # another run has taken it at the same moment
             continue
-
-
-def save_config(folder: Path, options: dict[str, Any]) -> None:
-    """Writes `config.yaml` into the folder, with which `--config` does the same again."""
-    save_hparams_to_yaml(folder / "config.yaml", options)
+        save_hparams_to_yaml(folder / "config.yaml", options)
+        return folder

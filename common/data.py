@@ -3,7 +3,6 @@
 import gzip
 import zlib
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytorch_lightning as pl
 import torch
@@ -30,7 +29,7 @@ def read_idx(path: Path, *shape: int) -> Tensor:
         content = bytearray(gzip.decompress(path.read_bytes()))
         return torch.frombuffer(content, dtype=torch.uint8, offset=4 + 4 * len(shape)).view(shape)
     except (gzip.BadGzipFile, zlib.error, EOFError, RuntimeError, ValueError) as error:
-        raise OSError(f"{path} is damaged: {error}. Delete it, and the next run downloads it.") from error
+        raise OSError(f"{path} is damaged: {error}") from error
 
 
 class TensorBatches(Dataset):
@@ -110,17 +109,11 @@ class MNISTDataModule(pl.LightningDataModule):
         Raises:
             OSError: if that fails.
         """
-        if all((self.raw / name).exists() for name, _ in MNIST.resources):
-            return
-        try:
-            # Beside them, and then moved: torchvision downloads nothing where extracted files lie.
-            self.raw.mkdir(parents=True, exist_ok=True)
-            with TemporaryDirectory(dir=self.raw) as folder:
-                MNIST(folder, download=True)
-                for path in Path(folder, "MNIST", "raw").glob("*.gz"):
-                    path.replace(self.raw / path.name)
-        except (OSError, RuntimeError) as error:
-            raise OSError(f"MNIST is missing in {self.raw}, and its download failed: {error}") from error
+        if not all((self.raw / name).exists() for name, _ in MNIST.resources):
+            try:
+                MNIST(self.raw.parents[1], download=True)
+            except (OSError, RuntimeError) as error:
+                raise OSError(f"MNIST is missing in {self.raw}, and its download failed: {error}") from error
 
     def setup(self, stage: str) -> None:
         """Normalizes each image once and puts all of them on the device that trains.
@@ -168,7 +161,5 @@ class MNISTDataModule(pl.LightningDataModule):
         sampler = sampler_class(dataset, num_replicas=world_size, rank=rank, **sampler_options)
         # A DataLoader draws a seed in each pass, though here nothing needs it. Drawn from torch's own generator, it
         # would shift dropout and augmentation in a resumed run, which skips the passes that are done.
-        generator = torch.Generator()
-        return DataLoader(
-            dataset, batch_size=self.batch_size, sampler=sampler, generator=generator, collate_fn=lambda batch: batch
-        )
+        options = {"batch_size": self.batch_size, "generator": torch.Generator(), "collate_fn": lambda batch: batch}
+        return DataLoader(dataset, sampler=sampler, **options)

@@ -9,7 +9,7 @@ from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from common.cli import make_version, save_config, versions
+from common.cli import make_version, versions
 
 
 @dataclass
@@ -36,16 +36,14 @@ def open_run(parent: Path, options: dict[str, Any], hparams: dict[str, Any]) -> 
     if ckpt_path == "last":
         # Lightning writes hparams.yaml when a training begins. A start that failed before is no run to go on with.
         started = {number: path for number, path in versions(parent).items() if (path / "hparams.yaml").exists()}
-        folder = started[max(started)] if started else None
-        last = Path(folder or "", "checkpoints", "last.ckpt")
-        ckpt_path = str(last) if folder and last.exists() else None  # a run without one starts again in its folder
+        newest = started[max(started)] if started else None
+        folder = newest if newest and (newest / "checkpoints" / "last.ckpt").exists() else None
+        ckpt_path = str(folder / "checkpoints" / "last.ckpt") if folder else None
     # The first process alone writes logs, and tells the others where checkpoints go.
     step = resumable_step(ckpt_path, hparams) if ckpt_path and rank_zero_only.rank == 0 else 0
     if options["fast_dev_run"] or rank_zero_only.rank != 0:
         return Run(ckpt_path=ckpt_path)
-    if folder is None or ckpt_path is None:
-        folder = folder or make_version(parent)
-        save_config(folder, options | {"ckpt_path": ckpt_path})
+    folder = folder or make_version(parent, options | {"ckpt_path": ckpt_path})
     return Run(int(folder.name.removeprefix("version_")), ckpt_path, step)
 
 
@@ -81,10 +79,7 @@ class ResumeCheckpoint(Checkpoint):
 
     Lightning logs an epoch of training after it has called `on_train_epoch_end`. Until it is in the log, the file has
     the name `next.ckpt`: after a kill in between, a run that goes on from it would leave a gap in the log. To rename
-    a file takes one moment, so a kill while it is written leaves the last one whole.
-
-    Args:
-        best: the callback that keeps the best model; `last.ckpt` lies in its folder.
+    a file takes one moment, so a kill while it is written leaves the last one whole. Both lie beside the `best` model.
 
     Raises:
         MisconfigurationException: if the checkpoint's schedule is of another length.

@@ -44,7 +44,7 @@ import sweep
 from common.callbacks import GradientHistogramCallback, MetricsCallback, TestPicturesCallback
 from common.classifier import Classifier
 from common.data import DATA_DIR, MEAN, STD, TRAIN_SIZE, VAL_SIZE, MNISTDataModule, random_affine
-from common.for_sweep.report import at_an_end, command_line, is_baseline
+from common.for_sweep.report import at_an_end, command_line
 from common.for_sweep.study import open_study
 from common.model import MLP
 
@@ -702,7 +702,9 @@ def search() -> None:
         publish_samplers(studies)
         unpruned = [studies["random", seed] for seed in SEEDS]
         publish_pruners(unpruned)
-        publish_region([trial for study in unpruned for trial in complete_trials(study) if not is_baseline(trial)])
+        publish_region(
+            [trial for study in unpruned for trial in complete_trials(study) if "seed" not in trial.user_attrs]
+        )
         publish_noise(best, [[call.result() for call in row] for row in again])
         publish_winners(found, [[call.result() for call in row] for row in full])
 

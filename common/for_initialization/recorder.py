@@ -15,8 +15,6 @@ from common.model import ACTIVATIONS
 class ActivationHistogramCallback(pl.Callback):
     """Records what goes through each layer in training, by forward hooks, which also set a hook for the gradient.
 
-    It removes its hooks after each batch that it records, and after an error.
-
     `{what}/{name}` is a histogram, `{what}_mean/{name}` and `{what}_std/{name}` are scalars, where `what` is
 
     - `preactivation`: what an `nn.Linear` puts out,
@@ -59,25 +57,21 @@ class ActivationHistogramCallback(pl.Callback):
         # A dict keeps the order of recording, and on the way back the last layer comes first.
         return values[::-1] if what.startswith("backpropagated") else values
 
-    def _record_output(
-        self, trainer: pl.Trainer, name: str, module: nn.Module, inputs: tuple[Tensor], output: Tensor
-    ) -> None:
-        what = "preactivation" if isinstance(module, nn.Linear) else "activation"
+    def _record_output(self, trainer: pl.Trainer, name: str, module: nn.Module, _: Any, output: Tensor) -> None:
         shares = {}
         if isinstance(module, nn.Linear):
             # Precision 16-mixed multiplies the loss by a scale, and with it the gradients.
             scaler = getattr(trainer.precision_plugin, "scaler", None)
             scale = scaler.get_scale() if scaler else 1.0
-            output.register_hook(
-                lambda gradient: self._record(trainer, "backpropagated", name, gradient.float() / scale, {})
-            )
+            output.register_hook(lambda grad: self._record(trainer, "backpropagated", name, grad.float() / scale))
         elif isinstance(module, nn.ReLU):
             shares[f"activation_dead/{name}"] = (output == 0).all(dim=0).float().mean().item()
         elif isinstance(module, nn.Tanh):
             shares[f"activation_saturated/{name}"] = (output.abs() > 0.99).float().mean().item()
-        self._record(trainer, what, name, output, shares)
+        what = "preactivation" if isinstance(module, nn.Linear) else "activation"
+        self._record(trainer, what, name, output, **shares)
 
-    def _record(self, trainer: pl.Trainer, what: str, name: str, values: Tensor, shares: dict[str, float]) -> None:
+    def _record(self, trainer: pl.Trainer, what: str, name: str, values: Tensor, **shares: float) -> None:
         values = values.detach().float()  # TensorBoard would make float16 of bfloat16
         scalars = mean_and_std(what, name, values) | shares
         for tag, value in scalars.items():
@@ -106,9 +100,9 @@ DEFECTS = {"tanh": "saturated", "relu": "dead"}
 class Result:
     """What one run has measured, in lists from the first layer to the last.
 
-    All but `losses` and `accuracy` are of the first batch, at step 0. `measured_stds` and `predicted_stds` are of the
-    pre-activations and of the loss's gradients with respect to them, where the logits are a layer too; what is
-    predicted comes from `theory.py`. `activation_stds` and `defects` are of the hidden layers.
+    All but `losses` and `accuracy` are of the first batch, at step 0. `measured_stds` and `predicted_stds` (by
+    `theory.py`) are of the pre-activations and of the loss's gradients with respect to them, where the logits are a
+    layer too. `activation_stds` and `defects` are of the hidden layers.
     """
 
     activation: str

@@ -89,9 +89,8 @@ def predict_stds(model: MLP, images: Tensor, last_std: float) -> dict[str, list[
     """
     layers = [layer for layer in model.layers if isinstance(layer, nn.Linear)]
     activation = ACTIVATIONS[model.arguments["activation"]]()
-    variances = [layer.weight.var(correction=0).item() for layer in layers]
-    forward_factors = [layer.in_features * variance for layer, variance in zip(layers, variances, strict=True)]
-    backward_factors = [layer.out_features * variance for layer, variance in zip(layers, variances, strict=True)]
+    forward_factors = [layer.in_features * layer.weight.var(correction=0).item() for layer in layers]
+    backward_factors = [layer.out_features * layer.weight.var(correction=0).item() for layer in layers]
     bias_variances = [layer.bias.var(correction=0).item() for layer in layers]
     moments = forward_moments(activation, images.square().flatten(1).mean(dim=1), forward_factors, bias_variances)
     deltas = backward_moments(activation, moments, backward_factors, last_std**2)

@@ -37,11 +37,6 @@ def report(study: optuna.Study, folder: Path) -> bool:
     return bool(complete)
 
 
-def is_baseline(trial: FrozenTrial) -> bool:
-    """Whether it has a seed of its own, as only the baseline's trials have."""
-    return "seed" in trial.user_attrs
-
-
 def print_table(trials: list[FrozenTrial]) -> None:
     """Prints a line for each trial, with its numbers rounded."""
     rows = [["trial", "val accuracy", *trials[0].user_attrs["options"]]]
@@ -58,7 +53,8 @@ def print_table(trials: list[FrozenTrial]) -> None:
 def print_lead(complete: list[FrozenTrial]) -> None:
     """Prints how far the best trial is ahead, and by how much the baseline's accuracy scatters over its seeds."""
     best, *others = (100 * trial.value for trial in complete)
-    seeds = [100 * trial.value for trial in complete if is_baseline(trial)]
+    # Only the baseline's trials have a seed of their own.
+    seeds = [100 * trial.value for trial in complete if "seed" in trial.user_attrs]
     scatter = statistics.stdev(seeds) if len(seeds) > 1 else 0.0
     print()
     if seeds:
@@ -77,7 +73,7 @@ def at_an_end(complete: list[FrozenTrial]) -> dict[str, str]:
 
     Choices have no order, and a range that begins at 0 has no lower end. Fewer than three trials may agree by chance.
     """
-    trials = [trial for trial in complete if not is_baseline(trial)][:3]
+    trials = [trial for trial in complete if "seed" not in trial.user_attrs][:3]
     ends = {}
     for name, distribution in optuna.search_space.intersection_search_space(trials).items():
         if len(trials) < 3 or isinstance(distribution, CategoricalDistribution) or distribution.single():
@@ -104,8 +100,8 @@ def draw_intermediate_values(study: optuna.Study) -> Figure:
     complete = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
     pruned = study.get_trials(deepcopy=False, states=[TrialState.PRUNED])
     groups = {
-        "complete": ([trial for trial in complete if not is_baseline(trial)], {"color": "tab:blue"}),
-        "baseline": ([trial for trial in complete if is_baseline(trial)], {"color": "black", "linewidth": 2}),
+        "complete": ([trial for trial in complete if "seed" not in trial.user_attrs], {"color": "tab:blue"}),
+        "baseline": ([trial for trial in complete if "seed" in trial.user_attrs], {"color": "black", "linewidth": 2}),
         f"best, trial {study.best_trial.number}": ([study.best_trial], {"color": "tab:red", "linewidth": 3}),
         "pruned": (pruned, {"color": "gray", "linestyle": "--", "zorder": 1}),
     }

@@ -41,10 +41,7 @@ def storage_errors(*others: type[Exception]) -> Iterator[None]:
 
 
 def open_storage(url: URL) -> RDBStorage:
-    """Opens Optuna's database for several workers. One that is silent for 15 seconds is taken for dead.
-
-    Optuna then starts its trial again, with the same values.
-    """
+    """Opens Optuna's database for several workers; the trial of one that is silent for 15 seconds is run again."""
     is_sqlite = url.get_backend_name() == "sqlite"
     storage = RDBStorage(
         url.render_as_string(hide_password=False),
@@ -54,8 +51,8 @@ def open_storage(url: URL) -> RDBStorage:
         heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=3),
     )
     # Optuna reads a trial FOR UPDATE before it claims it, which SQLite ignores: two workers could claim it. So each
-    # transaction takes SQLite's only lock at its start, as SQLAlchemy's documentation shows. Not before RDBStorage is
-    # made, which checks the tables through two connections at once.
+    # transaction takes SQLite's only lock at its start, as SQLAlchemy's documentation shows. Not before this, as
+    # RDBStorage checks the tables through two connections at once.
     if is_sqlite:
         event.listen(storage.engine, "connect", lambda connection, _: setattr(connection, "isolation_level", None))
         event.listen(storage.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
@@ -68,8 +65,7 @@ def open_study(storage: str | URL, study_name: str, pruner: optuna.pruners.BaseP
     """Makes the database's tables and the study if there are none, and returns the study.
 
     Raises:
-        MisconfigurationException: if the storage cannot be opened, or if its study does not maximize one value or has
-            trials of another length, which could not be compared.
+        MisconfigurationException: if the storage cannot be opened, or its study is another search.
     """
     # The progress bar says it all; Lightning would print the devices for each trial.
     optuna.logging.set_verbosity(optuna.logging.ERROR)
