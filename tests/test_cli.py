@@ -105,6 +105,6 @@ def test_tilde_is_expanded_where_a_shell_leaves_it(call, tmp_path: Path, monkeyp
 
 def test_runs_that_start_at_once_get_folders_of_their_own(tmp_path: Path):
     with ThreadPoolExecutor(8) as pool:
-        folders = list(pool.map(make_version, [tmp_path / "logs/main"] * 40))
+        folders = list(pool.map(make_version, [tmp_path / "logs/main"] * 40, [{}] * 40))
     assert versions(tmp_path / "logs/main") == {int(path.name.removeprefix("version_")): path for path in folders}
     assert sorted(versions(tmp_path / "logs/main")) == list(range(40))
