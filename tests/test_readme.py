@@ -208,6 +208,15 @@ def test_classes_and_functions_named_exist():
     assert {name for name in ours - elsewhere if not re.search(rf"\b{name}\b", source)} == set()
 
 
+def test_python_versions_of_the_readme_are_those_that_ci_resolves():
+    first, last = map(int, re.search(r"installs on Python 3\.(\d+) to 3\.(\d+)\.", README).groups())
+    resolved = re.search(r"for python in (.+); do", (ROOT / ".ci/run").read_text())[1]
+    assert resolved.split() == [f"3.{minor}" for minor in range(first, last + 1)]
+    assert f'python-version: ["3.{first}", "3.{last}"]' in (ROOT / ".github/workflows/ci.yml").read_text()
+    assert f'target-version = "py3{first}"' in (ROOT / "pyproject.toml").read_text()
+    assert f"Python 3.{first} to 3.{last}," in PAGES["CONTRIBUTING.md"]
+
+
 def table_line(page: str, row: str) -> str:
     """The line of a table or of a printed one that begins with the word of its row."""
     [line] = [line for line in PAGES[page].splitlines() if line.removeprefix("| ").startswith(row)]
@@ -240,6 +249,7 @@ def in_sentence(page: str, sentence: str) -> list[float]:
         ("README.md", r"ReLU takes away, and reaches ([\d.]+) %", "docs/initialization.md", "kaiming_normal"),
         ("README.md", r"stays at ([\d.]+) %, the share of ones", "docs/initialization.md", "pytorch_default"),
         ("README.md", r"takes ([\d.]+) times as long,", "docs/speed.md", "usual example |"),
+        ("README.md", r"\[([\d.]+) times\]\S+ as many trials a minute", "docs/tuning.md", "2 workers of 1 thread"),
         ("docs/tuning.md", r"TPE is ahead by ([\d.]+) ± ([\d.]+) points", "docs/tuning.md", "TPE, pruned"),
         ("docs/tuning.md", r"and is ahead by ([\d.]+) ± ([\d.]+) points", "docs/tuning.md", "GP |"),
         ("docs/tuning.md", r"worse by ([\d.]+) points at most", "docs/tuning.md", "top third"),
