@@ -65,7 +65,7 @@ def run_scheme(
     trainer = pl.Trainer(
         accelerator="cpu",
         max_steps=steps,
-        # A Ctrl-C while a value is logged can leave TensorBoard's thread asleep until it flushes: by default for 120 s.
+        # flush_secs: after Ctrl-C, TensorBoard's thread may sleep until it flushes, which is for 120 s by default.
         logger=TensorBoardLogger(folder, name=activation, version=scheme, default_hp_metric=False, flush_secs=1),
         # MetricsCallback gives the accuracy. `recorder` keeps what each layer puts out and the gradient that comes back
         # to it, `curve` keeps the losses. All of them log for TensorBoard.
@@ -78,7 +78,7 @@ def run_scheme(
     )
     classifier = SGDClassifier(model, learning_rate, weight_decay=0.0, label_smoothing=0.0)
     trainer.fit(classifier, data)
-    # An epoch may have more steps than these, and fit validates at its end.
+    # max_steps may end fit within an epoch, at whose end it would have validated.
     [validation] = trainer.validate(classifier, data, verbose=False)
 
     preactivations = recorder.at_start("preactivation_std")

@@ -5,8 +5,8 @@ python main.py --help
 python main.py --config logs/main/version_0/config.yaml    (the same run again)
 
 Read the body of `main` from top to bottom: data, model, Lightning module, folder and logger, callbacks, Trainer. The
-README explains them. The parameters of `main` are the options of the command line, and its docstring is
-the help. "Without ours" gives the line that one would write with Lightning alone.
+README explains them. The parameters of `main` are the options of the command line, and its docstring is the help.
+"Ours" marks what this repository adds to Lightning, and "without ours" the line that one would write instead.
 """
 
 from pathlib import Path
@@ -108,8 +108,8 @@ def main(
         # Ours: ends a run whose loss is NaN or infinite. Without ours: EarlyStopping("loss/val", patience=max_epochs).
         FiniteLossCallback(),
         best,
-        # Ours: saves last.ckpt each epoch, with the random state. Without ours:
-        # ModelCheckpoint(filename="newest", enable_version_counter=False). Its save_last=True saves at a new best only.
+        # Ours: saves last.ckpt each epoch, with the random state. Without ours: ModelCheckpoint(filename="newest",
+        # enable_version_counter=False); ModelCheckpoint(save_last=True) would save only at a new best.
         ResumeCheckpoint(best),
         TQDMProgressBar(refresh_rate=20),
     ]

@@ -58,8 +58,8 @@ BASELINE = {
     "batch_size": 256,
 }
 BASELINE_TRIALS = 3
-# After each epoch, stops a trial whose best accuracy so far is not in the top third of what the completed trials had
-# at that epoch. It stops none before three are complete, and none of the baseline's.
+# After each epoch, only trials go on whose best accuracy so far is in the top third of what the completed ones had at
+# that epoch, and those of the baseline. Before three are complete, all go on.
 PRUNER = optuna.pruners.PercentilePruner(33.3, n_startup_trials=BASELINE_TRIALS)
 
 
@@ -105,7 +105,7 @@ def objective(
         logger=logger,
         callbacks=[
             MetricsCallback(),  # logs accuracy/val, which the last three use
-            FiniteLossCallback(),  # after PruningCallback, a trial whose loss is NaN might be pruned and not fail
+            FiniteLossCallback(),  # before PruningCallback, which might prune a trial whose loss is NaN: it shall fail
             EarlyStopping(monitor="accuracy/val", mode="max", patience=patience),
             PruningCallback(trial),
             checkpoint,
@@ -125,13 +125,14 @@ def objective(
 def enqueue_baseline(study: optuna.Study, n_trials: int, seed: int) -> None:
     """Asks for the trials of the baseline that the study has not had yet, before all others."""
     counted = counted_trials(study)
-    had = [trial.user_attrs["seed"] for trial in counted if "seed" in trial.user_attrs]
-    missing = [(seed + number) % 2**32 for number in range(BASELINE_TRIALS) if (seed + number) % 2**32 not in had]
-    for new in missing[: max(0, min(BASELINE_TRIALS - len(had), n_trials - len(counted)))]:
-        study.enqueue_trial(BASELINE, user_attrs={"seed": new})
+    seeds = {trial.user_attrs["seed"] for trial in counted if "seed" in trial.user_attrs}
+    room = min(BASELINE_TRIALS - len(seeds), n_trials - len(counted))
+    wanted = [number % 2**32 for number in range(seed, seed + BASELINE_TRIALS)]
+    for missing in [seed for seed in wanted if seed not in seeds][: max(0, room)]:
+        study.enqueue_trial(BASELINE, user_attrs={"seed": missing})
 
 
-@storage_errors()
+@storage_errors()  # an error of the database becomes one line
 def main(
     n_trials: PositiveInt = 20,
     storage: str | None = None,
@@ -152,7 +153,7 @@ def main(
         max_epochs: Passes over the training images of a trial that is not stopped before.
         patience: Epochs without a better validation accuracy after which a trial stops early.
         accelerator: Kind of device to train on.
-        seed: Seed of the suggestions, the initial weights, the order of the images and dropout.
+        seed: Seed of the suggestions, the initial weights, the order of the images, augmentation and dropout.
         data_dir: Folder of the MNIST files.
         log_dir: Folder for the storage, logs, checkpoints and pictures.
     """

@@ -1,9 +1,9 @@
-"""The parts that `main.py`, `sweep.py` and `initialization.py` share: data → model → Lightning module → callbacks.
+"""The parts of `main.py`, `sweep.py` and `initialization.py`: data → model → Lightning module → callbacks.
 
-To learn, read the files without `for_` in their name: `data.py`, `model.py`, `classifier.py`, `callbacks.py`. `cli.py`
-turns a function into a command. What is named `for_` serves one script: open it when that script is in question.
+To learn, read `data.py`, `model.py`, `classifier.py` and `callbacks.py`. Skip `cli.py`, which turns a function into a
+command. What has `for_` in its name serves one script: open it when that script is in question.
 
-Importing it silences the warnings and messages below: each one by its text and for a reason, so that a new one shows.
+Importing `common` silences the warnings and messages below, each for a reason.
 """
 
 import logging

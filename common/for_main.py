@@ -1,8 +1,7 @@
 """How a run of `main.py` goes on after a stop: its folder, and what Lightning's own checkpoints leave out."""
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint
@@ -12,8 +11,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from common.cli import make_version, versions
 
 
-@dataclass
-class Run:
+class Run(NamedTuple):
     """The number N of a run's folder `version_N`, and the checkpoint that it goes on from, after so many steps."""
 
     version: int = 0
@@ -30,7 +28,7 @@ def open_run(parent: Path, options: dict[str, Any], hparams: dict[str, Any]) -> 
         hparams: hyperparameters of the Lightning module and of the data module.
 
     Raises:
-        OSError, MisconfigurationException: if the checkpoint cannot be resumed. Nothing has been written then.
+        OSError, MisconfigurationException: if the checkpoint cannot be resumed.
     """
     folder, ckpt_path = None, options["ckpt_path"]
     if ckpt_path == "last":
@@ -54,20 +52,17 @@ def resumable_step(path: str, hparams: dict[str, Any]) -> int:
         OSError: if the file is missing, damaged or no checkpoint of `main.py`. A pickle in it is not run.
         MisconfigurationException: if its run had other hyperparameters.
     """
+    Path(path).open("rb").close()  # an error that names the file; of a damaged one torch.load raises nearly any
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         step, _ = int(checkpoint["global_step"]), checkpoint["random_states"]  # other programs save no such states
         saved = checkpoint["hyper_parameters"] | checkpoint["datamodule_hyper_parameters"]
         changed = [name for name, value in hparams.items() if name != "data_dir" and saved.get(name) != value]
-    except OSError:
-        raise
-    except Exception as error:  # torch.load raises nearly any on what is no checkpoint
+    except Exception as error:
         raise OSError(f"{path} is damaged or no whole checkpoint of main.py, from which training can go on") from error
-    for name in changed:
-        raise MisconfigurationException(
-            f"{path} is of a run with {name} {saved.get(name)}, and this one has {hparams[name]}:"
-            " go on with the same options, or start a new run"
-        )
+    if changed:
+        differences = ", ".join(f"{name} {saved.get(name)}, and this one has {hparams[name]}" for name in changed)
+        raise MisconfigurationException(f"{path} is of a run with {differences}: go on with the same options")
     return step
 
 

@@ -325,7 +325,8 @@ def test_files_that_are_no_whole_checkpoints_are_one_line_and_run_and_leave_noth
     trainer.save_checkpoint(tmp_path / "stranger.ckpt", weights_only=False)
     whole = (tmp_path / "stranger.ckpt").read_bytes()
     texts = {"empty": b"", "text": b"hello world", "pickle": pickle.dumps(Bomb(tmp_path / "exploded"))}
-    texts |= {"truncated": whole[: len(whole) // 2], "like_a_pickle": b"\x80\x02" + bytes(range(50))}
+    texts |= {f"truncated_{tenths}": whole[: len(whole) * tenths // 10] for tenths in (1, 5, 9)}
+    texts |= {"like_a_pickle": b"\x80\x02" + bytes(range(50))}
     for name, text in texts.items():
         (tmp_path / f"{name}.ckpt").write_bytes(text)
     torch.save({"hyper_parameters": {}, "bomb": Bomb(tmp_path / "exploded")}, tmp_path / "tampered.ckpt")

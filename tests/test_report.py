@@ -24,7 +24,7 @@ def drawn(*trials: tuple[str, list[float]]) -> Axes:
             trial.report(accuracy, step=epoch)
         value = max(accuracies, default=0.5) if state == "complete" else None
         study.tell(trial, value, TrialState[state.upper()])
-    [axis] = draw_intermediate_values(study).axes
+    [axis] = draw_intermediate_values(study.trials, study.best_trial).axes
     axis.figure.canvas.draw()
     return axis
 

@@ -1,4 +1,4 @@
-"""Measures all that goes through the layers of a network, with callbacks that serve other trainings too."""
+"""Measures all that goes through the layers of a network."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import pytorch_lightning as pl
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from common.callbacks import mean_and_std
 from common.model import ACTIVATIONS
@@ -34,7 +33,7 @@ class ActivationHistogramCallback(pl.Callback):
     def __init__(self, every_n_steps: int = 50) -> None:
         self.every_n_steps = every_n_steps
         self.first: dict[str, float] = {}
-        self.handles: list[RemovableHandle] = []
+        self.handles = []
 
     def on_train_batch_start(self, trainer, pl_module, batch: Any, batch_idx: int) -> None:
         # With accumulated gradients several batches share a step; the first one stands for them.

@@ -23,13 +23,15 @@ def report(study: optuna.Study, folder: Path) -> bool:
     for trial in trials:
         if trial.state == TrialState.FAIL:
             print(f"trial {trial.number} failed: {trial.user_attrs['error']}")
-    complete = sorted((trial for trial in trials if trial.state == TrialState.COMPLETE), key=lambda trial: -trial.value)
+    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    complete.sort(key=lambda trial: trial.value, reverse=True)
     if complete:
         print_table(complete[:5])
         print_lead(complete)
         for name, end in at_an_end(complete).items():
             print(f"at an end:        {name}, the {end} one of its range: widen it, under another --study_name")
-        draw_intermediate_values(study).savefig(folder / "intermediate_values.png", dpi=100, bbox_inches="tight")
+        picture = draw_intermediate_values(trials, complete[0])
+        picture.savefig(folder / "intermediate_values.png", dpi=100, bbox_inches="tight")
         print(f"picture, logs:    {folder}\nto look at them:  tensorboard --logdir {folder}")
         best = complete[0].user_attrs
         print(f'its weights:      Classifier.load_from_checkpoint("{best["checkpoint"]}", weights_only=True)')
@@ -95,14 +97,14 @@ def command_line(options: dict[str, Any]) -> str:
     )
 
 
-def draw_intermediate_values(study: optuna.Study) -> Figure:
+def draw_intermediate_values(trials: list[FrozenTrial], best: FrozenTrial) -> Figure:
     """Draws the validation accuracy of each trial after each epoch; Optuna's picture does not show how it ended."""
-    complete = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
-    pruned = study.get_trials(deepcopy=False, states=[TrialState.PRUNED])
+    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    pruned = [trial for trial in trials if trial.state == TrialState.PRUNED]
     groups = {
         "complete": ([trial for trial in complete if "seed" not in trial.user_attrs], {"color": "tab:blue"}),
         "baseline": ([trial for trial in complete if "seed" in trial.user_attrs], {"color": "black", "linewidth": 2}),
-        f"best, trial {study.best_trial.number}": ([study.best_trial], {"color": "tab:red", "linewidth": 3}),
+        f"best, trial {best.number}": ([best], {"color": "tab:red", "linewidth": 3}),
         "pruned": (pruned, {"color": "gray", "linestyle": "--", "zorder": 1}),
     }
     figure = Figure(figsize=(11, 5))

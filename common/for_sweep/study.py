@@ -60,7 +60,7 @@ def open_storage(url: URL) -> RDBStorage:
     return storage
 
 
-@storage_errors(ImportError, RuntimeError)  # no driver, the tables of another Optuna
+@storage_errors(ImportError, RuntimeError)  # no driver; tables of another Optuna
 def open_study(storage: str | URL, study_name: str, pruner: optuna.pruners.BasePruner, max_epochs: int) -> optuna.Study:
     """Makes the database's tables and the study if there are none, and returns the study.
 
@@ -73,7 +73,7 @@ def open_study(storage: str | URL, study_name: str, pruner: optuna.pruners.BaseP
     options = {"study_name": study_name, "pruner": pruner, "direction": "maximize", "load_if_exists": True}
     try:
         url = make_url(storage)
-    except (ArgumentError, ValueError) as error:  # which may quote a password
+    except (ArgumentError, ValueError) as error:  # whose text is not shown, as it may quote a password
         raise MisconfigurationException("--storage is no URL such as postgresql+psycopg://user@host/name") from error
     try:
         study = optuna.create_study(storage=open_storage(url), **options)
@@ -91,8 +91,8 @@ def open_study(storage: str | URL, study_name: str, pruner: optuna.pruners.BaseP
 def counted_trials(study: optuna.Study) -> list[FrozenTrial]:
     """The trials that count towards `n_trials`.
 
-    Not those that failed without an `error` attribute: their workers are dead, or they are surplus. And a trial with a
-    seed of its own counts once, also where two programs that started at the same moment have both asked for it.
+    Those do not that failed without an `error` attribute: their workers are dead, or they are surplus. A trial of the
+    baseline, which has a seed of its own, counts once, though two programs that start at once both ask for it.
     """
     counted = {}
     for trial in study.get_trials(deepcopy=False):
@@ -104,7 +104,7 @@ def counted_trials(study: optuna.Study) -> list[FrozenTrial]:
 def run_trial(study: optuna.Study, objective: Callable[[optuna.Trial], float], n_trials: int, seed: int) -> None:
     """Runs one trial, unless the study turns out to have its `n_trials`. A mistake in the code is raised.
 
-    `study.optimize` would fail where another worker has ended the trial, and take a NaN without a word.
+    `study.optimize` would fail where another worker has ended the trial, and count a NaN as a failed one in silence.
     """
     trial = study.ask()
     if trial.number not in [counted.number for counted in counted_trials(study)[:n_trials]]:
@@ -141,7 +141,8 @@ def run_trials(study: optuna.Study, objective: Callable[[optuna.Trial], float], 
             counted = counted_trials(study)
             ended = [trial for trial in counted if trial.state.is_finished()]
             bar.n = min(n_trials, len(ended))
-            bar.set_postfix({"best": max((trial.value for trial in ended if trial.value), default=None)})
+            values = [trial.value for trial in ended if trial.state == TrialState.COMPLETE]
+            bar.set_postfix({"best": max(values, default=None)})
             open_trials = study.get_trials(deepcopy=False, states=[TrialState.WAITING, TrialState.RUNNING])
             # A dead worker's trial waits to be run again.
             if len(counted) < n_trials or any(trial.state == TrialState.WAITING for trial in open_trials):
