@@ -82,7 +82,7 @@ def main(
         data_dir: Folder of the MNIST files.
         log_dir: Folder for logs and checkpoints.
         ckpt_path: Checkpoint to go on from in a new folder, with the same max_epochs; or the word last, to go on with
-            the newest run of log_dir in its own folder, or to start one if there is none.
+            the newest run of log_dir in its own folder, or to start a new one if that has no checkpoint yet.
 
     Returns:
         Test accuracy of the checkpoint with the best validation accuracy, in [0, 1].

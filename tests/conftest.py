@@ -32,7 +32,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
-    """Two files of tests run at the same time, and threads that wait for each other would take many times as long."""
+    """Two tests run at the same time, and threads that wait for each other would take many times as long."""
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # for the scripts that tests start
     os.environ["OMP_WAIT_POLICY"] = "passive"  # for those that ask for more

@@ -18,6 +18,9 @@ from common.data import MNISTDataModule
 from common.model import MLP
 from tests.conftest import QUIET, ROOT, run_python
 
+# In one process, in their order: some go on from what earlier ones have left.
+pytestmark = pytest.mark.xdist_group("reader")
+
 README = (ROOT / "README.md").read_text()
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text()
@@ -126,11 +129,15 @@ def test_excerpt_has_the_lines_of_the_output_in_their_order(block: dict):
 
 
 @pytest.mark.parametrize("block", [block for block in PYTHON if not block["mark"]], ids=by_line)
-def test_python_block_runs(block: dict, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+def test_python_block_runs(
+    block: dict, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
     monkeypatch.chdir(folder)
-    if re.search("ddp_(fork|notebook)", block["text"]):
-        # On its own, as the reader would: where the tests have used a GPU, this process can no longer be forked.
-        result = run_python(folder, "-c", block["text"])
+    if re.search(r"ddp_(fork|notebook)|num_workers=(?!0)", block["text"]):
+        # On its own, as the reader would: where the tests have used a GPU, this process can no longer be forked, and
+        # since Python 3.14 workers are not forked but import the program.
+        (tmp_path / "block.py").write_text(block["text"])
+        result = run_python(folder, tmp_path / "block.py")
         assert result.returncode == 0, result.stderr
         return
     exec(compile(block["text"], by_line(block), "exec"), {"__name__": "__main__"})

@@ -61,27 +61,27 @@ def start_together(barrier, url: str, objective, n_trials: int) -> None:
     work(url, objective, n_trials)
 
 
-def run_eight(url: str, path: Path, n_trials: int) -> None:
-    barrier = FORK.Barrier(8)
+def run_five(url: str, path: Path, n_trials: int) -> None:
+    barrier = FORK.Barrier(5)
     options = (barrier, url, partial(note, path), n_trials)
-    processes = [FORK.Process(target=start_together, args=options) for _ in range(8)]
+    processes = [FORK.Process(target=start_together, args=options) for _ in range(5)]
     for process in processes:
         process.start()
     for process in processes:
         process.join()
-    assert [process.exitcode for process in processes] == [0] * 8
+    assert [process.exitcode for process in processes] == [0] * 5
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
-def test_eight_workers_run_each_trial_once(kind: str, tmp_path: Path, request: pytest.FixtureRequest):
+def test_five_workers_run_each_trial_once(kind: str, tmp_path: Path, request: pytest.FixtureRequest):
     url, path = database(kind, tmp_path, request), tmp_path / "notes"
-    run_eight(url, path, 12)  # beginning with the tables and the study, which are made at the same moment
+    run_five(url, path, 12)  # beginning with the tables and the study, which are made at the same moment
     study = open_quick(url)
     assert len(finished(study)) == 12
     queue = [round(0.5 + i / 1000, 3) for i in range(20)]
     for x in queue:
         study.enqueue_trial({"x": x})
-    run_eight(url, path, 36)
+    run_five(url, path, 36)
     assert len(finished(study)) == 36
     notes = [line.split() for line in path.read_text().splitlines()]
     assert sorted(int(number) for number, _ in notes) == sorted(trial.number for trial in finished(study))
@@ -159,20 +159,20 @@ def start_two(url: str, n_trials: int) -> list:
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
-def test_ten_kills_lose_no_trial(kind: str, tmp_path: Path, request: pytest.FixtureRequest):
+def test_kills_lose_no_trial(kind: str, tmp_path: Path, request: pytest.FixtureRequest):
     url = database(kind, tmp_path, request)
     study, moments = open_quick(url), random.Random(0)
-    for _ in range(10):
-        processes = start_two(url, 30)
+    for _ in range(6):
+        processes = start_two(url, 20)
         time.sleep(moments.uniform(0, 0.6))
         for process in processes:
             process.kill()
             process.join()
-    for process in (processes := start_two(url, 30)):
+    for process in (processes := start_two(url, 20)):
         process.join(120)
     assert [process.exitcode for process in processes] == [0, 0]
-    assert len(finished(study)) == 30
-    assert len(counted_trials(study)) == 30
+    assert len(finished(study)) == 20
+    assert len(counted_trials(study)) == 20
 
 
 def clash(trial: optuna.Trial) -> float:

@@ -86,12 +86,11 @@ def test_pruner_leaves_the_baseline_alone(tmp_path: Path):
     assert [trial.state for trial in study.trials] == [TrialState.COMPLETE, TrialState.PRUNED]
 
 
-def test_neighboring_seeds_search_elsewhere(tmp_path: Path):
+def test_neighboring_seeds_search_elsewhere():
     def dropouts(seed: int) -> set[float]:
-        train = quick(tmp_path / str(seed), seed=seed)
-        study = optuna.create_study(direction="maximize", pruner=optuna.pruners.NopPruner())
+        study = optuna.create_study(direction="maximize")
         for _ in range(2):
-            run_trial(study, train, 2, seed)
+            run_trial(study, lambda trial: suggest_hyperparameters(trial)["dropout"], 2, seed)
         return {trial.params["dropout"] for trial in finished(study)}
 
     zero, one = dropouts(0), dropouts(1)
@@ -100,24 +99,24 @@ def test_neighboring_seeds_search_elsewhere(tmp_path: Path):
 
 
 def test_study_is_reproducible_continued_and_reported(script, tmp_path: Path):
-    first = script("sweep.py", "--n_trials", 2, "--seed", 7, *SHORT)
+    first = script("sweep.py", "--n_trials", 2, "--seed", 22, *SHORT)
     assert first.returncode == 0, first.stderr
     assert "Warning" not in first.stderr
     study = load(sqlite(tmp_path))
     assert len(finished(study)) == 2
 
     # The same again, in one go: a function of the seed, whether the study was continued or not.
-    second = script("sweep.py", "--n_trials", 5, "--seed", 7, *SHORT)
+    second = script("sweep.py", "--n_trials", 4, "--seed", 22, *SHORT)
     assert second.returncode == 0, second.stderr
-    assert len(finished(load(sqlite(tmp_path)))) == 5
-    whole = script("sweep.py", "--n_trials", 5, "--seed", 7, *SHORT, "--log_dir", "whole")
+    assert len(finished(load(sqlite(tmp_path)))) == 4
+    whole = script("sweep.py", "--n_trials", 4, "--seed", 22, *SHORT, "--log_dir", "whole")
     assert whole.returncode == 0, whole.stderr
     other = load(f"sqlite:///{tmp_path}/whole/sweep/optuna.db")
     trials = load(sqlite(tmp_path)).trials
     assert [trial.params for trial in trials] == [trial.params for trial in other.trials]
     assert [trial.intermediate_values for trial in trials] == [trial.intermediate_values for trial in other.trials]
     baseline = [trial for trial in trials if trial.params == BASELINE]
-    assert [trial.user_attrs["seed"] for trial in baseline] == [7, 8, 9]
+    assert [trial.user_attrs["seed"] for trial in baseline] == [22, 23, 24]
     assert len({trial.value for trial in baseline}) > 1
 
     folder = tmp_path / "logs/sweep/mnist"
@@ -135,13 +134,20 @@ def test_study_is_reproducible_continued_and_reported(script, tmp_path: Path):
     hparams = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     assert b"hidden_sizes" in hparams
 
-    again = script("sweep.py", "--n_trials", 5, "--seed", 7, *SHORT)  # which finds the study complete
+    again = script("sweep.py", "--n_trials", 4, "--seed", 22, *SHORT)  # which finds the study complete
     assert again.returncode == 0, again.stderr
-    assert len(load(sqlite(tmp_path)).trials) == 5
+    assert len(load(sqlite(tmp_path)).trials) == 4
 
     command = shlex.split(re.search(r"full length: +python (.+)", second.stdout)[1])
     full = script(command[0], *command[1:], "--fast_dev_run")
     assert full.returncode == 0, full.stderr
+
+
+def enqueue_six(storage: str) -> None:
+    """Six trials that take no more than a second or two."""
+    study = optuna.create_study(storage=storage, study_name="mnist", direction="maximize")
+    for seed in range(6):
+        study.enqueue_trial(BASELINE, user_attrs={"seed": seed})
 
 
 def start_two(folder: Path, *options: object) -> list[subprocess.Popen]:
@@ -179,6 +185,7 @@ def retried(study: optuna.Study) -> list[int]:
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
 def test_trial_of_a_killed_worker_is_run_again(kind: str, tmp_path: Path, request: pytest.FixtureRequest):
     storage = f"sqlite:///{tmp_path}/study.db" if kind == "sqlite" else request.getfixturevalue("postgresql")
+    enqueue_six(storage)
     dies, works = start_two(tmp_path, "--storage", storage, *SIX_TRIALS)
     running = wait_for_two([dies, works], storage)  # one for each, so that the first has one to lose
     dies.kill()
@@ -198,6 +205,7 @@ def test_trial_of_a_killed_worker_is_run_again(kind: str, tmp_path: Path, reques
 
 def test_worker_that_was_stopped_goes_on(tmp_path: Path):
     storage = f"sqlite:///{tmp_path}/study.db"
+    enqueue_six(storage)
     stopped, works = start_two(tmp_path, "--storage", storage, *SIX_TRIALS)
     wait_for_two([stopped, works], storage)
     stopped.send_signal(signal.SIGSTOP)
