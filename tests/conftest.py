@@ -21,7 +21,13 @@ from common.data import DATA_DIR as DATA
 from common.data import MNISTDataModule
 
 ROOT = Path(__file__).parent.parent
+# They begin, so that in the end no process waits for the other one.
+LONG_FILES = ["test_readme.py", "test_sweep.py", "test_for_main.py", "test_your_project.py", "test_study.py"]
 QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG_FILES.index(item.path.name) if item.path.name in LONG_FILES else len(LONG_FILES))
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -32,7 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
-    """Two tests run at the same time, and threads that wait for each other would take many times as long."""
+    """Two files of tests run at the same time, and threads that wait for each other would take many times as long."""
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # for the scripts that tests start
     os.environ["OMP_WAIT_POLICY"] = "passive"  # for those that ask for more

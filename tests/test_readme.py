@@ -18,9 +18,6 @@ from common.data import MNISTDataModule
 from common.model import MLP
 from tests.conftest import QUIET, ROOT, run_python
 
-# In one process, in their order: some go on from what earlier ones have left.
-pytestmark = pytest.mark.xdist_group("reader")
-
 README = (ROOT / "README.md").read_text()
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text()

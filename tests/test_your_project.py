@@ -30,9 +30,6 @@ from common.data import MEAN, STD, MNISTDataModule
 from common.model import MLP
 from tests.conftest import DATA, QUIET, ROOT, assert_one_line_error, read_events
 
-# In one process, as they share a folder.
-pytestmark = pytest.mark.xdist_group("project")
-
 STARTER = ROOT / "docs/starter.py"
 PAGE = (ROOT / "docs/your_project.md").read_text()
 # Each Python block of the page by the heading above it.
