@@ -182,18 +182,17 @@ def retried(study: optuna.Study) -> list[int]:
     return [number for number in numbers if number is not None]
 
 
-@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
-def test_trial_of_a_killed_worker_is_run_again(kind: str, tmp_path: Path, request: pytest.FixtureRequest):
-    storage = f"sqlite:///{tmp_path}/study.db" if kind == "sqlite" else request.getfixturevalue("postgresql")
-    enqueue_six(storage)
-    dies, works = start_two(tmp_path, "--storage", storage, *SIX_TRIALS)
-    running = wait_for_two([dies, works], storage)  # one for each, so that the first has one to lose
+def test_trial_of_a_killed_worker_is_run_again(tmp_path: Path, postgresql: str):
+    """Kills of workers on SQLite are in tests/test_study.py."""
+    enqueue_six(postgresql)
+    dies, works = start_two(tmp_path, "--storage", postgresql, *SIX_TRIALS)
+    running = wait_for_two([dies, works], postgresql)  # one for each, so that the first has one to lose
     dies.kill()
     dies.communicate()
     _, errors = works.communicate(timeout=300)
     assert works.returncode == 0, errors
 
-    study = load(storage)
+    study = load(postgresql)
     assert len(finished(study)) == 6
     [number] = retried(study)
     assert number in {trial.number for trial in running}
