@@ -89,6 +89,14 @@ def test_five_workers_run_each_trial_once(kind: str, tmp_path: Path, request: py
     assert [xs[x] for x in queue] == [1] * len(queue)
 
 
+def test_worker_that_opens_one_trial_too_many_steps_back(tmp_path: Path):
+    study = open_quick(f"sqlite:///{tmp_path}/study.db")
+    study.ask()  # by another worker at the same moment
+    run_trial(study, partial(note, tmp_path / "notes"), 1, seed=0)
+    assert [trial.state.name for trial in study.trials] == ["RUNNING", "FAIL"]
+    assert not (tmp_path / "notes").exists()
+
+
 def test_trial_frees_what_refers_to_itself(tmp_path: Path):
     seen = []
 
