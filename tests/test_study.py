@@ -13,8 +13,9 @@ from pathlib import Path
 import optuna
 import pytest
 from optuna.storages import RetryHeartbeatStaleTrialCallback
+from optuna.storages._rdb.models import BaseModel
 from optuna.trial import TrialState
-from sqlalchemy import URL
+from sqlalchemy import URL, event
 from torch import nn
 
 import sweep
@@ -61,15 +62,18 @@ def start_together(barrier, url: str, objective, n_trials: int) -> None:
     work(url, objective, n_trials)
 
 
-def run_five(url: str, path: Path, n_trials: int) -> None:
-    barrier = FORK.Barrier(5)
-    options = (barrier, url, partial(note, path), n_trials)
-    processes = [FORK.Process(target=start_together, args=options) for _ in range(5)]
+def join(processes: list) -> None:
     for process in processes:
         process.start()
     for process in processes:
         process.join()
-    assert [process.exitcode for process in processes] == [0] * 5
+    assert [process.exitcode for process in processes] == [0] * len(processes)
+
+
+def run_five(url: str, path: Path, n_trials: int) -> None:
+    barrier = FORK.Barrier(5)
+    options = (barrier, url, partial(note, path), n_trials)
+    join([FORK.Process(target=start_together, args=options) for _ in range(5)])
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
@@ -87,6 +91,18 @@ def test_five_workers_run_each_trial_once(kind: str, tmp_path: Path, request: py
     assert sorted(int(number) for number, _ in notes) == sorted(trial.number for trial in finished(study))
     xs = Counter(float(x) for _, x in notes)
     assert [xs[x] for x in queue] == [1] * len(queue)
+
+
+def meet_and_work(barrier, url: str) -> None:
+    """Waits until all have the tables, so that all write the version into them at the same moment."""
+    event.listen(BaseModel.metadata, "after_create", lambda *_, **__: barrier.wait(30), once=True)
+    start_together(barrier, url, lambda trial: space(trial)["x"], 5)
+
+
+def test_first_starts_may_clash_twice(tmp_path: Path):
+    barrier, url = FORK.Barrier(5), f"sqlite:///{tmp_path}/study.db"
+    join([FORK.Process(target=meet_and_work, args=(barrier, url)) for _ in range(5)])
+    assert len(finished(open_quick(url))) == 5
 
 
 def test_worker_that_opens_one_trial_too_many_steps_back(tmp_path: Path):

@@ -5,6 +5,7 @@ A worker is a run of `sweep.py`. It asks for a trial, trains it and tells how it
 
 import gc
 import logging
+import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -75,11 +76,14 @@ def open_study(storage: str | URL, study_name: str, pruner: optuna.pruners.BaseP
         url = make_url(storage)
     except (ArgumentError, ValueError) as error:  # whose text is not shown, as it may quote a password
         raise MisconfigurationException("--storage is no URL such as postgresql+psycopg://user@host/name") from error
-    try:
-        study = optuna.create_study(storage=open_storage(url), **options)
-    except STORAGE_ERRORS:
-        time.sleep(2)  # another program may be making the tables at the same moment
-        study = optuna.create_study(storage=open_storage(url), **options)
+    for wait in (1, 2, 4, 0):
+        try:
+            study = optuna.create_study(storage=open_storage(url), **options)
+            break
+        except STORAGE_ERRORS:
+            if not wait:
+                raise
+            time.sleep(random.uniform(0, wait))  # other programs may be making the tables at the same moment
     if study.directions != [StudyDirection.MAXIMIZE]:
         raise MisconfigurationException(f"study {study_name!r} does not maximize one value; take another --study_name")
     if (stored := study.user_attrs.get("max_epochs", max_epochs)) != max_epochs:
