@@ -130,6 +130,7 @@ def main(
         raise MisconfigurationException("there is nothing to compare: schemes or activations is empty")
     # Each Trainer would say which devices there are and why it has stopped.
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
+    torch.set_float32_matmul_precision("highest")  # the theory is compared to the digit
     torch.set_num_threads(1)  # in layers this small, threads mostly wait for each other
 
     # Not augmented, as that happens in a Trainer and not for the theory's batch.

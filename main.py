@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytorch_lightning as pl
+import torch
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, OpenUnitInterval, PositiveFloat, PositiveInt
 from pytorch_lightning.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.loggers import TensorBoardLogger
@@ -43,6 +44,7 @@ def main(
     num_nodes: PositiveInt = 1,
     strategy: Literal["auto", "ddp"] = "auto",
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"] = "32-true",
+    matmul_precision: Literal["highest", "high", "medium"] = "medium",
     gradient_clip_val: PositiveFloat | None = None,
     accumulate_grad_batches: PositiveInt = 1,
     fast_dev_run: NonNegativeInt | bool = False,
@@ -72,6 +74,7 @@ def main(
         num_nodes: Machines with that many devices each.
         strategy: How several devices work together.
         precision: Number format of the calculation; "mixed" keeps the weights in 32 bits.
+        matmul_precision: How exact float32 matrix products are; below highest another, faster method may compute them.
         gradient_clip_val: Norm to which longer gradients are shortened.
         accumulate_grad_batches: Batches whose gradients are averaged for one step.
         fast_dev_run: Run this many batches of each stage, or true for one, without logs and checkpoints.
@@ -89,6 +92,7 @@ def main(
     """
     options = dict(locals())  # all of the above by their names, for config.yaml
     pl.seed_everything(seed)
+    torch.set_float32_matmul_precision(matmul_precision)
     data = MNISTDataModule(data_dir, batch_size, seed, augment and not overfit_batches)
     model = MLP(hidden_sizes, activation, dropout, batch_norm)
     classifier = Classifier(model, learning_rate, weight_decay, label_smoothing)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import optuna
 import pytorch_lightning as pl
+import torch
 from jsonargparse.typing import PositiveInt
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger
@@ -91,6 +92,7 @@ def objective(
     trial.set_user_attr("options", chosen)  # for the report
     seed = trial.user_attrs.get("seed", seed)  # only the baseline's trials bring their own
     pl.seed_everything(seed, verbose=False)
+    torch.set_float32_matmul_precision("medium")  # as main.py has it
 
     data = MNISTDataModule(data_dir, chosen["batch_size"], seed)
     model = MLP(chosen["hidden_sizes"], chosen["activation"], chosen["dropout"], chosen["batch_norm"])

@@ -1,11 +1,14 @@
 """Measures what the documentation says of speed and accuracy, and writes its tables.
 
 python -m docs.benchmark           (all of them, some hours on 2 cores)
-python -m docs.benchmark speed     (one of speed, time, seeds, long, accuracy, workers, search)
+python -m docs.benchmark speed     (one of speed, ladder, workers, search)
+python -m docs.benchmark gpu       (what needs a GPU, six minutes at most; it only prints)
+python -m docs.benchmark reference usual-64 --seed 1 --log_dir logs    (one program of the ladder)
 
-Machines are noisy, so programs that are compared take turns where a table gives a range. What counts is the ratio.
+Machines are noisy, so programs that are compared take turns. What counts is the ratio.
 """
 
+import argparse
 import gc
 import logging
 import os
@@ -16,13 +19,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import optuna
 import pytorch_lightning as pl
@@ -35,7 +38,7 @@ from pytorch_lightning.callbacks import EarlyStopping, LearningRateMonitor, Mode
 from pytorch_lightning.loggers import TensorBoardLogger
 from sqlalchemy import URL
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator, ScalarEvent
-from torch import Tensor
+from torch import nn
 from torch.utils.data import DataLoader, random_split
 from torchvision.datasets import MNIST
 from torchvision.transforms import Compose, Normalize, ToTensor
@@ -44,15 +47,16 @@ import sweep
 from common.callbacks import GradientHistogramCallback, MetricsCallback, TestPicturesCallback
 from common.classifier import Classifier
 from common.data import DATA_DIR, MEAN, STD, TRAIN_SIZE, VAL_SIZE, MNISTDataModule, random_affine
+from common.for_initialization.recorder import LossCurveCallback
 from common.for_sweep.report import at_an_end, command_line
 from common.for_sweep.study import open_study
 from common.model import MLP
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *(ROOT / f"docs/{name}.md" for name in ("speed", "accuracy", "tuning"))]
+PAGES = [ROOT / f"docs/{name}.md" for name in ("speed", "tuning")]
 BATCH_SIZE = 512
 STEPS, WARM_UP = 108, 5
-OURS = "callbacks, logger and bar: `main.py`"
+OURS = "`medium` matrix products: `main.py`"
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 EPOCHS = 10
 SEEDS = range(1, 6)
@@ -168,9 +172,10 @@ def lightning_step(
     """Seconds of a step under Lightning's Trainer, without logger, bar and checkpoints unless `options` say so."""
     timer = StepTimer()
     quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
-    options = quiet | {"limit_val_batches": 0, "enable_model_summary": False} | options
+    quiet |= {"accelerator": "cpu", "limit_val_batches": 0, "enable_model_summary": False}
+    options = quiet | options
     options["callbacks"] = [timer, *options.get("callbacks", [])]
-    pl.Trainer(max_steps=steps, accelerator="cpu", **options).fit(classifier, data)
+    pl.Trainer(max_steps=steps, devices=1, **options).fit(classifier, data)
     return timer.total / timer.steps
 
 
@@ -193,7 +198,7 @@ def barebones_step(data: MNISTDataModule) -> float:
     return classifier.timer.total / classifier.timer.steps
 
 
-def our_step(data: MNISTDataModule) -> float:
+def our_step(data: MNISTDataModule, accelerator: str = "cpu") -> float:
     """Seconds of a step as `main.py` takes it, with its callbacks, bar and logger."""
     folder = tempfile.mkdtemp()
     callbacks = [
@@ -206,16 +211,17 @@ def our_step(data: MNISTDataModule) -> float:
         TQDMProgressBar(refresh_rate=20),
     ]
     loud = {"logger": TensorBoardLogger(folder), "enable_progress_bar": True, "enable_checkpointing": True}
-    return lightning_step(Classifier(MLP()), data, callbacks=callbacks, log_every_n_steps=20, **loud)
+    loud |= {"accelerator": accelerator, "log_every_n_steps": 20}
+    return lightning_step(Classifier(MLP()), data, callbacks=callbacks, **loud)
 
 
-def bare_step(data: MNISTDataModule, augment: bool) -> float:
+def bare_step(data: MNISTDataModule, augment: bool, device: str = "cpu") -> float:
     """Seconds of a step of a loop in plain PyTorch over the same tensors."""
-    images, labels = data.train_set.images, data.train_set.labels
-    model = MLP()
+    images, labels = data.train_set.images.to(device), data.train_set.labels.to(device)
+    model = MLP().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.05, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=STEPS)
-    for step, indices in enumerate(torch.randperm(len(labels)).split(BATCH_SIZE), start=1):
+    for step, indices in enumerate(torch.randperm(len(labels)).to(device).split(BATCH_SIZE), start=1):
         batch = random_affine(images[indices]) if augment else images[indices]
         loss = F.cross_entropy(model(batch), labels[indices], label_smoothing=0.1)
         optimizer.zero_grad()
@@ -223,8 +229,34 @@ def bare_step(data: MNISTDataModule, augment: bool) -> float:
         optimizer.step()
         schedule.step()
         if step == WARM_UP:
+            loss.item()  # waits for the device
             start = time.perf_counter()
+    loss.item()
     return (time.perf_counter() - start) / (step - WARM_UP)
+
+
+@torch.no_grad()
+def products_step() -> float:
+    """Seconds of a step's matrix products alone. The images need no gradient: the first layer has one less."""
+    layers = [layer for layer in MLP().layers if isinstance(layer, nn.Linear)]
+    batches = [
+        (layer, torch.randn(BATCH_SIZE, layer.in_features), torch.randn(BATCH_SIZE, layer.out_features))
+        for layer in layers
+    ]
+    for step in range(1, STEPS + 1):
+        for layer, inputs, gradient in batches:
+            _ = inputs @ layer.weight.T  # forward
+            _ = gradient.T @ inputs  # the gradient of the weights
+            if layer is not layers[0]:
+                _ = gradient @ layer.weight  # the gradient of the inputs
+        if step == WARM_UP:
+            start = time.perf_counter()
+    return (time.perf_counter() - start) / (STEPS - WARM_UP)
+
+
+def at(matmul_precision: str, program: Callable[[], float]) -> float:
+    torch.set_float32_matmul_precision(matmul_precision)
+    return program()
 
 
 def step_times() -> dict[str, list[float]]:
@@ -234,17 +266,23 @@ def step_times() -> dict[str, list[float]]:
     for data in (plain, augmented):
         data.prepare_data()
         data.setup("fit")
-    programs = {
+    highest = {
         "usual example": lambda: lightning_step(UsualClassifier(), UsualDataModule(BATCH_SIZE), 30),
         "usual example, 2 workers": lambda: lightning_step(UsualClassifier(), UsualDataModule(BATCH_SIZE, 2), 60),
         "images as tensors, one index a batch": lambda: lightning_step(UnfusedClassifier(MLP()), plain),
         "fused optimizer": lambda: lightning_step(Classifier(MLP()), plain),
         "augmentation on the device": lambda: lightning_step(Classifier(MLP()), augmented),
+        "callbacks, logger and bar": lambda: our_step(augmented),
+    }
+    medium = {
         OURS: lambda: our_step(augmented),
         "Lightning with `barebones=True`, augmented": lambda: barebones_step(augmented),
         "bare PyTorch loop, augmented": lambda: bare_step(augmented, augment=True),
         "bare PyTorch loop, not augmented": lambda: bare_step(plain, augment=False),
+        "its matrix products alone": products_step,
     }
+    programs = {name: partial(at, "highest", program) for name, program in highest.items()}
+    programs |= {name: partial(at, "medium", program) for name, program in medium.items()}
     return alternate(7, programs, warm_up=1)
 
 
@@ -266,25 +304,90 @@ def speed() -> None:
     publish("speed", "| a step of 512 images | as it is | ratio | with AVX2 | ratio |", rows)
 
 
-# Accuracy, and the time to it
+# The ladder: seconds to an accuracy
+
+# What each row adds to the one above, and its command.
+LADDER = {
+    "the usual example, batches of 64": "-m docs.benchmark reference usual-64",
+    "batches of 512": "-m docs.benchmark reference usual-512",
+    "one-cycle schedule, GELU, AdamW, label smoothing": "-m docs.benchmark reference schedule",
+    "images as tensors": "-m docs.benchmark reference tensors",
+    "augmentation on the device": "-m docs.benchmark reference augmentation",
+    "callbacks": "main.py --matmul_precision highest",
+    OURS: "main.py",
+    "26 epochs": "main.py --max_epochs 26 --patience 26",
+    "batch normalization": "main.py --max_epochs 26 --patience 26 --batch_norm true",
+}
+GOALS = (0.98, 0.99, 0.993)
 
 
-def reference(name: str, folder: str, epochs: int = EPOCHS) -> None:
-    """Trains one rung of the ladder of accuracy; started as a program of its own, so that imports count."""
-    pl.seed_everything(1, verbose=False)
-    batch_size = 64 if name == "batches of 64" else BATCH_SIZE
-    usual = name.startswith("batches")
-    classifier = UsualClassifier() if usual else Classifier(MLP())
-    in_memory = name in ("images as tensors", "augmentation")
-    data = MNISTDataModule(augment=name == "augmentation") if in_memory else UsualDataModule(batch_size)
+def reference(arguments: Sequence[str]) -> None:
+    """Trains a rung of the ladder that is not `main.py`, started as a program of its own, so that imports count."""
+    parser = argparse.ArgumentParser(prog="python -m docs.benchmark reference")
+    parser.add_argument("name", choices=["usual-64", "usual-512", "schedule", "tensors", "augmentation"])
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--log_dir", default="logs")
+    chosen = parser.parse_args(arguments)
+    pl.seed_everything(chosen.seed, verbose=False)
+    in_memory = chosen.name in ("tensors", "augmentation")
+    if in_memory:
+        data = MNISTDataModule(seed=chosen.seed, augment=chosen.name == "augmentation")
+    else:
+        data = UsualDataModule(64 if chosen.name == "usual-64" else BATCH_SIZE)
     trainer = pl.Trainer(
-        max_epochs=epochs,
+        max_epochs=EPOCHS,
         accelerator="cpu",
-        logger=TensorBoardLogger(folder, name="main", version=0),
+        logger=TensorBoardLogger(chosen.log_dir, name="main"),
         callbacks=[MetricsCallback(), ModelCheckpoint(monitor="accuracy/val", mode="max")],
     )
-    trainer.fit(classifier, data)
-    trainer.test(ckpt_path="best", datamodule=data, weights_only=True)
+    trainer.fit(UsualClassifier() if chosen.name.startswith("usual") else Classifier(MLP()), data)
+    [test] = trainer.test(ckpt_path="best", datamodule=data, weights_only=True, verbose=False)
+    print(f"test accuracy    {test['accuracy/test']:.2%}")
+
+
+class Climb(NamedTuple):
+    """Seconds from the start of a command to each goal that it reached, its test accuracy, and all its seconds."""
+
+    reached: dict[float, float]
+    test: float
+    seconds: float
+
+
+def climb(row: str, remaining: Iterator[int]) -> Climb:
+    """Runs the command of a row with the next seed."""
+    folder, start = tempfile.mkdtemp(), time.time()
+    test, seconds = trained(*LADDER[row].split(), "--seed", str(next(remaining)), "--log_dir", folder)
+    epochs = scalars(folder, "accuracy/val")
+    reached = {
+        goal: min(event.wall_time - start for event in epochs if event.value >= goal)
+        for goal in GOALS
+        if any(event.value >= goal for event in epochs)
+    }
+    return Climb(reached, test, seconds)
+
+
+def to_goal(climbs: list[Climb], goal: float) -> str:
+    """Median and range of the seconds, and how many got there, if not all did."""
+    seconds = [each.reached[goal] for each in climbs if goal in each.reached]
+    if not seconds:
+        return "never"
+    some = "" if len(seconds) == len(climbs) else f", {len(seconds)} of {len(climbs)}"
+    return f"{statistics.median(seconds):.0f} s ({min(seconds):.0f} to {max(seconds):.0f}){some}"
+
+
+def ladder() -> None:
+    """Seconds to each goal, test accuracy and time of all rows, over five seeds."""
+    climbs = alternate(len(SEEDS), {row: partial(climb, row, iter(SEEDS)) for row in LADDER})
+    seconds = {row: [each.seconds for each in of_row] for row, of_row in climbs.items()}
+    rows = []
+    for row, of_row in climbs.items():
+        goals = " | ".join(to_goal(of_row, goal) for goal in GOALS)
+        tests = [each.test for each in of_row]
+        accuracy = f"{statistics.mean(tests):.2f} ± {statistics.stdev(tests):.2f}"
+        time_and_ratio = f"{statistics.median(seconds[row]):.0f} s | {ratio(seconds[row], seconds[OURS])}"
+        rows.append(f"| {row} | {goals} | {accuracy} | {time_and_ratio} |")
+    goals = " | ".join(f"to {100 * goal:.3g} %" for goal in GOALS)
+    publish("ladder", f"| it adds | {goals} | test, in % | whole run | ratio |", rows)
 
 
 def scalars(folder: str, tag: str) -> list[ScalarEvent]:
@@ -293,106 +396,10 @@ def scalars(folder: str, tag: str) -> list[ScalarEvent]:
     return events.Reload().Scalars(tag)
 
 
-def curve(*arguments: str, folder: str) -> tuple[dict[float, float], float]:
-    """Seconds from the start of a command to each validation accuracy, and its test accuracy."""
-    start = time.time()
-    command(*arguments)
-    reached = {event.value: event.wall_time - start for event in reversed(scalars(folder, "accuracy/val"))}
-    return reached, scalars(folder, "accuracy/test")[0].value
-
-
-def to_accuracy() -> None:
-    """Test accuracy after ten epochs, and seconds until the validation accuracy is first so high."""
-    programs = {
-        "usual example, batches of 64": "batches of 64",
-        "usual example, batches of 512": "batches of 512",
-        "one-cycle schedule, GELU, AdamW, label smoothing": "schedule",
-        "images as tensors": "images as tensors",
-        "augmentation on the device": "augmentation",
-    }
-    rows = []
-    for shown, name in [*programs.items(), ("`main.py`", None)]:
-        folder = tempfile.mkdtemp()
-        if name:
-            call = f"from docs.benchmark import reference; reference({name!r}, {folder!r})"
-            reached, test = curve("-c", call, folder=folder)
-        else:
-            reached, test = curve("main.py", "--seed", "1", "--log_dir", folder, folder=folder)
-        cells = []
-        for goal in (0.975, 0.98, 0.985, 0.99):
-            seconds = [second for accuracy, second in reached.items() if accuracy >= goal]
-            cells.append(f"{min(seconds):.0f} s" if seconds else "never")
-        rows.append(f"| {shown} | {test:.2%} | {' | '.join(cells)} |")
-    publish("time", "| ten epochs | test accuracy | to 97.5 % | to 98 % | to 98.5 % | to 99 % |", rows)
-
-
 def trained(*words: str, **environment: str) -> tuple[float, float]:
     """Test accuracy in percent, which the Python command prints, and its seconds."""
     printed, seconds = command(*words, **environment)
     return float(re.search(r"test accuracy +([\d.]+)%", printed)[1]), seconds
-
-
-def seeds() -> None:
-    """Test accuracy of the default run over five seeds, and its time beside three epochs of the usual example."""
-    accuracies, remaining = [], iter(SEEDS)
-
-    def ours() -> float:
-        accuracy, seconds = trained("main.py", "--seed", str(next(remaining)), "--log_dir", tempfile.mkdtemp())
-        accuracies.append(accuracy)
-        return seconds
-
-    def usual(name: str) -> float:
-        call = f"reference({name!r}, {tempfile.mkdtemp()!r}, epochs=3)"
-        return command("-c", f"from docs.benchmark import reference; {call}")[1]
-
-    times = alternate(
-        len(SEEDS),
-        {
-            "`main.py`, 10 epochs, seeds 1 to 5": ours,
-            "usual example, batches of 64, 3 epochs": partial(usual, "batches of 64"),
-            "usual example, batches of 512, 3 epochs": partial(usual, "batches of 512"),
-        },
-    )
-    reached = [f"{statistics.mean(accuracies):.2f} % ± {statistics.stdev(accuracies):.2f}", "", ""]
-    base = next(iter(times.values()))
-    rows = [
-        f"| {name} | {accuracy} | {statistics.median(seconds):.0f} s | {ratio(seconds, base)} |"
-        for (name, seconds), accuracy in zip(times.items(), reached, strict=True)
-    ]
-    publish("seeds", "| program | test accuracy | time | ratio |", rows)
-
-
-def long() -> None:
-    """What `main.py` reaches by options alone within one, three and ten minutes."""
-    rows = []
-    for shown in (
-        '`python main.py --seed 1 --hidden_sizes "[768,384]" --max_epochs 26 --patience 26`',
-        '`python main.py --seed 1 --hidden_sizes "[1024,512]" --max_epochs 58 --patience 58`',
-        '`python main.py --seed 1 --hidden_sizes "[1024,512]" --max_epochs 190 --patience 190`',
-    ):
-        accuracy, seconds = trained(*shlex.split(shown.strip("`"))[1:], "--log_dir", tempfile.mkdtemp())
-        rows.append(f"| {shown} | {accuracy:.2f} % | {seconds / 60:.1f} minutes |")
-    publish("long", "| command | test accuracy | time |", rows)
-
-
-# The ladder of accuracy
-
-LADDER = {
-    "`main.py`": "",
-    "26 epochs": "--max_epochs 26 --patience 26",
-    "26 epochs, normalization": "--max_epochs 26 --patience 26 --batch_norm true",
-}
-
-
-@torch.no_grad()
-def average(networks: list[Classifier], images: Tensor) -> Tensor:
-    """Mean of the networks' class probabilities."""
-    return torch.stack([network(images).softmax(dim=1) for network in networks]).mean(dim=0)
-
-
-def place(folder: str, name: str, seed: int) -> str:
-    """The folder of a row's run."""
-    return f"{folder}/{list(LADDER).index(name)}-{seed}"
 
 
 def best_validation(folder: str) -> float:
@@ -400,58 +407,50 @@ def best_validation(folder: str) -> float:
     return 100 * max(event.value for event in scalars(folder, "accuracy/val"))
 
 
-def five(folder: str, name: str) -> list[Classifier]:
-    """The networks of the five seeds of a row."""
-    paths = [Path(place(folder, name, seed), "main/version_0/checkpoints") for seed in SEEDS]
-    return [
-        Classifier.load_from_checkpoint(*path.glob("epoch*.ckpt"), "cpu", weights_only=True).eval() for path in paths
-    ]
-
-
 def mean_and_error(values: list[float]) -> str:
     """Mean and standard error."""
     return f"{statistics.mean(values):.2f} ± {statistics.stdev(values) / len(values) ** 0.5:.2f}"
 
 
-def accuracy_ladder() -> None:
-    """Accuracy over five seeds from the default run on, and of the average of the last five.
-
-    The accuracies come from two programs of one thread at a time, the times from one run each on both cores.
-    """
-    folder = tempfile.mkdtemp()
-
-    def run(name: str, seed: int, **environment: str) -> tuple[float, float]:
-        options = [*LADDER[name].split(), "--seed", str(seed), "--log_dir", place(folder, name, seed)]
-        return trained("main.py", *options, **environment)
-
-    with ThreadPoolExecutor(2) as pool:
-        # All at once, so that no core waits.
-        running = {name: pool.map(partial(run, name, OMP_NUM_THREADS="1"), SEEDS) for name in LADDER}
-    tests = {name: [accuracy for accuracy, _ in results] for name, results in running.items()}
-    publish_accuracy(folder, tests, {name: run(name, 1)[1] for name in running})
+# A GPU
 
 
-def publish_accuracy(folder: str, tests: dict[str, list[float]], seconds: dict[str, float]) -> None:
-    """Writes the ladder from the folder of its runs, their test accuracies in percent, and the seconds of a run."""
-    rows, before = [], None
-    for name, test in tests.items():
-        validation = mean_and_error([best_validation(place(folder, name, seed)) for seed in SEEDS])
-        gain = mean_and_error([ours - theirs for ours, theirs in zip(test, before, strict=True)]) if before else ""
-        time_and_ratio = f"{seconds[name]:.0f} s | {seconds[name] / seconds['`main.py`']:.1f}"
-        rows.append(f"| {name} | {validation} | {mean_and_error(test)} | {gain} | {time_and_ratio} |")
-        before = test
+class NoWaitCallback(pl.Callback):
+    """Makes each step of an epoch but the first fail that waits for the GPU."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx: int) -> None:
+        if batch_idx == 1:
+            torch.cuda.set_sync_debug_mode("error")
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx: int) -> None:
+        if batch_idx == trainer.num_training_batches - 1:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def gpu() -> None:
+    """What can be seen on a GPU only; where there is none, it does on the CPU what it can."""
+    on_gpu = torch.cuda.is_available()
+    print(torch.cuda.get_device_name() if on_gpu else "no GPU")
+    if on_gpu:
+        # The bar and the logger read numbers now and then, which waits. The last callback sees all others work.
+        callbacks = [MetricsCallback(), GradientHistogramCallback(10**6), LossCurveCallback(), NoWaitCallback()]
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+        pl.Trainer(max_epochs=1, callbacks=callbacks, **quiet).fit(Classifier(MLP()), MNISTDataModule())
+        print("no step of an epoch has waited for the GPU")
     data = MNISTDataModule()
-    data.setup("test")
-    images, labels = data.test_set.images, data.test_set.labels
-    last = [*LADDER][-1]
-    networks = five(folder, last)
-    right = average(networks, images).argmax(dim=1) == labels
-    all_wrong = sum(average([network], images).argmax(dim=1) != labels for network in networks) == len(SEEDS)
-    test = f"{100 * right.float().mean():.2f} | all five are wrong on {all_wrong.sum()} images"
-    whole = len(SEEDS) * seconds[last]
-    rows.append(f"| average of five: {last} | | {test} | {whole:.0f} s | {whole / seconds['`main.py`']:.1f} |")
-    header = "| 768-384, seeds 1 to 5 | validation, in % | test, in % | gain on the row above | time | ratio |"
-    publish("accuracy", header, rows)
+    data.setup("fit")
+    for matmul_precision in ("highest", "medium"):
+        bare = partial(bare_step, data, augment=True, device="cuda" if on_gpu else "cpu")
+        programs = {"main.py": lambda: our_step(MNISTDataModule(), "auto"), "bare loop": bare}
+        times = alternate(5, {name: partial(at, matmul_precision, program) for name, program in programs.items()}, 1)
+        for name, seconds in times.items():
+            print(f"a step of {name}, {matmul_precision}: {1e3 * statistics.median(seconds):.2f} ms")
+    for options in ("--matmul_precision highest", "--matmul_precision medium", "--precision bf16-mixed"):
+        words = ("main.py", "--seed", "1", "--log_dir", tempfile.mkdtemp(), *options.split())
+        accuracy, seconds = trained(*words, CUDA_VISIBLE_DEVICES=os.environ.get("CUDA_VISIBLE_DEVICES", "0"))
+        print(f"main.py {options}: {accuracy:.2f} %, {seconds:.0f} s")
+    quick = [f"tests/test_{name}.py" for name in ("callbacks", "classifier", "data", "main", "model", "mistakes")]
+    subprocess.run([sys.executable, "-m", "pytest", "-q", "-n", "4", *quick], cwd=ROOT, check=False)
 
 
 # Studies
@@ -710,7 +709,11 @@ def search() -> None:
 
 
 if __name__ == "__main__":
-    tables = {"speed": speed, "time": to_accuracy, "seeds": seeds, "long": long, "accuracy": accuracy_ladder}
-    tables |= {"workers": workers, "search": search}
-    for name in sys.argv[1:] or tables:
-        tables[name]()
+    if sys.argv[1:2] == ["reference"]:
+        reference(sys.argv[2:])
+    elif sys.argv[1:] == ["gpu"]:
+        gpu()
+    else:
+        tables = {"speed": speed, "ladder": ladder, "workers": workers, "search": search}
+        for name in sys.argv[1:] or tables:
+            tables[name]()

@@ -45,6 +45,13 @@ def _one_thread() -> None:
     os.environ["PYTHONIOENCODING"] = "cp1252"  # Windows has no other letters, and whatever a script prints must do
 
 
+@pytest.fixture(autouse=True)
+def _exact_products() -> Iterator[None]:
+    """Scripts and blocks set this for the whole process, and other tests compare to the last digits."""
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _interruptible() -> None:
     """A shell script's background jobs ignore SIGINT, and so would all that they start: the scripts of the tests.

@@ -382,8 +382,10 @@ def test_every_run_is_sgd_with_momentum_on_the_same_batches(compare, capsys):
 
 
 def test_script_prints_a_table_and_leaves_pictures_histograms_and_its_options(call, tmp_path):
+    torch.set_float32_matmul_precision("medium")  # as others leave it
     finished = call(initialization.main, *SMALL, "--seed", "7")
     assert finished.returncode == 0, finished.stderr
+    assert torch.get_float32_matmul_precision() == "highest"
     lines = finished.stdout.splitlines()
     assert [line.split()[0] for line in lines if line.startswith(("zeros", "lsuv"))] == ["zeros", "lsuv"] * 2
     assert "4/4" in finished.stderr  # the progress bar

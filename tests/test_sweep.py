@@ -76,6 +76,7 @@ def test_each_value_of_the_search_space_reaches_the_training(tmp_path: Path):
     used = saved["hyper_parameters"]["model"] | saved["hyper_parameters"] | saved["datamodule_hyper_parameters"]
     chosen = suggest_hyperparameters(trial)
     assert chosen == {name: used[name] for name in chosen}
+    assert torch.get_float32_matmul_precision() == inspect.signature(main).parameters["matmul_precision"].default
 
 
 def test_pruner_leaves_the_baseline_alone(tmp_path: Path):
