@@ -317,7 +317,8 @@ def test_gradients_in_16_mixed_are_those_of_the_loss_without_its_scale(fit, tmp_
     def gradients(**options) -> dict[str, float]:
         pl.seed_everything(0)
         model = MLP([32, 32, 32])
-        model.layers[-1].weight.data *= 1e-6
+        for layer in model.layers[4::3]:
+            layer.weight.data *= 0.02
         recorder = GradientHistogramCallback(every_n_steps=1)
         trainer = fit(TensorBoardLogger(tmp_path), recorder, model=model, max_steps=1, **options)
         events = read_events(Path(trainer.logger.log_dir))
