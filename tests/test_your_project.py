@@ -318,14 +318,21 @@ def test_checks_pass_where_all_is_right(run_block: Callable, folder: Path):
     assert (folder / "batch.png").exists()
 
 
-def test_slurm_and_the_trainer_must_agree(monkeypatch: pytest.MonkeyPatch):
-    [job] = re.findall(r"^#SBATCH --nodes=(\d) --ntasks-per-node=(\d) .+$", PAGE, re.MULTILINE)
-    assert f"num_nodes={job[0]}, devices={job[1]}" in PAGE
-    variables = {"NTASKS": 8, "NTASKS_PER_NODE": job[1], "NNODES": job[0], "PROCID": 0, "LOCALID": 0, "NODEID": 0}
-    for name, value in variables.items():
-        monkeypatch.setenv(f"SLURM_{name}", str(value))
-    assert pl.Trainer(num_nodes=2, devices=4, strategy="ddp", **QUIET).world_size == 8
-    for wrong in ({"num_nodes": 2, "devices": 1}, {"num_nodes": 1, "devices": 4}):
+@pytest.mark.parametrize("launcher", ["python", "srun", "torchrun"])
+def test_who_starts_the_processes_and_that_the_trainer_must_agree(monkeypatch: pytest.MonkeyPatch, launcher: str):
+    page = (ROOT / "docs/devices.md").read_text()
+    [(nodes, tasks)] = re.findall(r"^#SBATCH --nodes=(\d) --ntasks-per-node=(\d) .+$", page, re.MULTILINE)
+    assert f"num_nodes={nodes}, devices={tasks}" in page
+    assert f"torchrun --nnodes {nodes} --nproc_per_node {tasks} " in page
+    slurm = {"NTASKS": 8, "NTASKS_PER_NODE": tasks, "NNODES": nodes, "PROCID": 0, "LOCALID": 0, "NODEID": 0}
+    torchrun = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": 8, "RANK": 0, "LOCAL_RANK": 0}
+    variables = {"srun": {f"SLURM_{name}": value for name, value in slurm.items()}, "torchrun": torchrun}
+    for name, value in variables.get(launcher, {}).items():
+        monkeypatch.setenv(name, str(value))
+    trainer = pl.Trainer(num_nodes=2, devices=4, strategy="ddp", **QUIET)
+    assert trainer.world_size == 8
+    assert trainer.strategy.cluster_environment.creates_processes_externally == (launcher != "python")
+    for wrong in ({"num_nodes": 2, "devices": 1}, {"num_nodes": 1, "devices": 4}) if variables.get(launcher) else ():
         with pytest.raises(ValueError, match="does not match"):
             pl.Trainer(**wrong, strategy="ddp", **QUIET).fit(Digits(), [])
 
