@@ -47,7 +47,7 @@ def write_images(folder: Path) -> None:
     mnist = MNIST(DATA)
     for digit, name in ((0, "zero"), (1, "one"), (7, "seven")):
         indices = iter((mnist.targets == digit).nonzero().flatten().tolist())
-        for split, count in {"train": 24, "val": 12, "test": 12, "night": 6}.items():
+        for split, count in {"train": 24, "val": 12, "test": 12}.items():
             (folder / split / name).mkdir(parents=True)
             for number in range(count):
                 mnist[next(indices)][0].save(folder / split / name / f"{number}.png")
@@ -257,19 +257,6 @@ def test_backbone_is_frozen_then_trained(run_block: Callable, monkeypatch: pytes
     assert (weights.transforms().mean, weights.transforms().std) == (starter.MEAN, starter.STD)
     assert f"`SIZE = {weights.transforms().crop_size[0]}`" in PAGE
     assert f"downloads {weights.meta['_file_size']:.0f} MB" in PAGE
-
-
-def test_each_validation_set_has_its_metric(run_block: Callable):
-    names, _ = run_block("Several validation sets")
-    trainer = names["trainer"]
-    assert trainer.checkpoint_callback.best_model_score == trainer.callback_metrics["accuracy/val"]
-    [val, night] = trainer.validate(datamodule=names["data"], verbose=False)
-    loader = names["data"].val_dataloader()[1]
-    with torch.no_grad():
-        right = [trainer.lightning_module.cpu().eval()(x).argmax(dim=1) == y for x, y in loader]
-    assert night["accuracy/night"] == pytest.approx(torch.cat(right).float().mean().item())
-    assert "accuracy/val" in val
-    assert "dataloader_idx" not in str(trainer.callback_metrics.keys())
 
 
 def test_mapped_file_is_read_by_started_worker_processes(folder: Path):
