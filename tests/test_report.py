@@ -31,7 +31,7 @@ def drawn(*trials: tuple[str, list[float]]) -> Axes:
 
 def test_picture_tells_pruned_trials_from_complete_ones_and_shows_the_best():
     good, better = [0.95, 0.96, 0.97], [0.97, 0.98, 0.99]
-    pruned = [("pruned", [accuracy, accuracy]) for accuracy in (0.96, 0.94, 0.2)]
+    pruned = [("pruned", accuracies) for accuracies in ([0.2, 0.96], [0.2, 0.94], [0.2])]
     axis = drawn(("baseline", good), ("complete", better), ("complete", good), *pruned)
     labels = [text.get_text() for text in axis.get_legend().get_texts()]
     assert labels == ["complete", "baseline", "best, trial 1", "pruned (2 of 3 below)"]
