@@ -319,8 +319,7 @@ def test_gradients_in_16_mixed_are_those_of_the_loss_without_its_scale(fit, tmp_
         model = MLP([32, 32, 32])
         for layer in model.layers[4::3]:
             layer.weight.data *= 0.02
-        recorder = GradientHistogramCallback(every_n_steps=1)
-        trainer = fit(TensorBoardLogger(tmp_path), recorder, model=model, max_steps=1, **options)
+        trainer = fit(TensorBoardLogger(tmp_path), GradientHistogramCallback(1), model=model, max_steps=1, **options)
         events = read_events(Path(trainer.logger.log_dir))
         return {tag: events.Scalars(tag)[0].value for tag in events.Tags()["scalars"] if "gradient_norm" in tag}
 

@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Callable
 from functools import partial
-from itertools import islice, pairwise
+from itertools import islice, pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -409,8 +409,8 @@ def test_pictures_show_what_was_measured_though_it_overflows_or_is_0(compare):
     # In each of 60 layers the standard deviation grows by 7.
     results = compare(depth=60, activations=["tanh", "relu"], schemes=["normal_large", "zeros"], steps=1)
     figure = draw_depth(results)
-    shown = [(what, scheme) for what in ("preactivations", "gradients") for scheme in ("normal_large", "zeros")]
-    for axis, (what, scheme) in zip(figure.axes, shown, strict=True):
+    panels = product(("preactivations", "gradients"), ("normal_large", "zeros"))
+    for axis, (what, scheme) in zip(figure.axes, panels, strict=True):
         assert axis.get_title() == scheme
         for result, lines in zip(results[scheme == "zeros" :: 2], (axis.lines[:2], axis.lines[2:4]), strict=True):
             assert lines[0].get_label() == result.activation

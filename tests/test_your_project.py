@@ -313,13 +313,13 @@ def test_who_starts_the_processes_and_that_the_trainer_must_agree(monkeypatch: p
     assert f"torchrun --nnodes {nodes} --nproc_per_node {tasks} " in page
     slurm = {"NTASKS": 8, "NTASKS_PER_NODE": tasks, "NNODES": nodes, "PROCID": 0, "LOCALID": 0, "NODEID": 0}
     torchrun = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": 8, "RANK": 0, "LOCAL_RANK": 0}
-    variables = {"srun": {f"SLURM_{name}": value for name, value in slurm.items()}, "torchrun": torchrun}
-    for name, value in variables.get(launcher, {}).items():
+    variables = {"srun": {f"SLURM_{name}": value for name, value in slurm.items()}, "torchrun": torchrun, "python": {}}
+    for name, value in variables[launcher].items():
         monkeypatch.setenv(name, str(value))
-    trainer = pl.Trainer(num_nodes=2, devices=4, strategy="ddp", **QUIET)
-    assert trainer.world_size == 8
-    assert trainer.strategy.cluster_environment.creates_processes_externally == (launcher != "python")
-    for wrong in ({"num_nodes": 2, "devices": 1}, {"num_nodes": 1, "devices": 4}) if variables.get(launcher) else ():
+    strategy = pl.Trainer(num_nodes=2, devices=4, strategy="ddp", **QUIET).strategy
+    started = strategy.cluster_environment.creates_processes_externally
+    assert (strategy.world_size, started) == (8, launcher != "python")
+    for wrong in ({"num_nodes": 2, "devices": 1}, {"num_nodes": 1, "devices": 4}) if started else ():
         with pytest.raises(ValueError, match="does not match"):
             pl.Trainer(**wrong, strategy="ddp", **QUIET).fit(Digits(), [])
 
