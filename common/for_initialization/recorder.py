@@ -11,13 +11,6 @@ from torch import Tensor, nn
 from common.model import ACTIVATIONS
 
 
-def mean_and_std(tag: str, name: str, values: Tensor) -> dict[str, float]:
-    """Returns `{tag}_mean/{name}` and `{tag}_std/{name}` of the values."""
-    # In double precision, as squares overflow sooner than values, and on the CPU, as a Mac's GPU has no such numbers.
-    std, mean = torch.std_mean(values.detach().cpu().double(), correction=0)
-    return {f"{tag}_mean/{name}": mean.item(), f"{tag}_std/{name}": std.item()}
-
-
 class ActivationHistogramCallback(pl.Callback):
     """Records what goes through each layer in training, by forward hooks, which also set a hook for the gradient.
 
@@ -74,7 +67,9 @@ class ActivationHistogramCallback(pl.Callback):
 
     def _record(self, trainer: pl.Trainer, what: str, name: str, values: Tensor, **shares: float) -> None:
         values = values.detach().float()  # TensorBoard would make float16 of bfloat16
-        scalars = mean_and_std(what, name, values) | shares
+        # In double precision, as squares overflow sooner than values, and on the CPU, as a Mac's GPU has no such.
+        std, mean = torch.std_mean(values.cpu().double(), correction=0)
+        scalars = {f"{what}_mean/{name}": mean.item(), f"{what}_std/{name}": std.item()} | shares
         for tag, value in scalars.items():
             self.first.setdefault(tag, value)
         trainer.logger.log_metrics(scalars, step=trainer.global_step)

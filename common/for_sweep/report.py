@@ -23,8 +23,7 @@ def report(study: optuna.Study, folder: Path) -> bool:
     for trial in trials:
         if trial.state == TrialState.FAIL:
             print(f"trial {trial.number} failed: {trial.user_attrs['error']}")
-    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
-    complete.sort(key=lambda trial: trial.value, reverse=True)
+    complete = sorted((trial for trial in trials if trial.state == TrialState.COMPLETE), key=lambda trial: -trial.value)
     if complete:
         print_table(complete[:5])
         print_lead(complete)
