@@ -88,35 +88,27 @@ class TestPicturesCallback(pl.Callback):
         if trainer.is_global_zero and hasattr(getattr(trainer.logger, "experiment", None), "add_figure"):
             for name, figure in {
                 "confusion/test": self.confusion.plot(confusion.cpu())[0],
-                "mistakes/test": self.draw_mistakes(*(part.cpu() for part in mistakes)),
+                "mistakes/test": self.draw_mistakes(confusion, *(part.cpu() for part in mistakes)),
             }.items():
                 figure.set_layout_engine("constrained")
                 figure.set_size_inches(7, 7)
                 trainer.logger.experiment.add_figure(name, figure, trainer.global_step)
 
-    def draw_mistakes(self, images: Tensor, y: Tensor, y_pred: Tensor, losses: Tensor) -> Figure:
-        wrong = [i for i in losses.argsort(descending=True).tolist() if y[i] != y_pred[i]]
-        columns = 5
-        figure, axes = plt.subplots(-(-self.num_mistakes // columns), columns, squeeze=False)
-        for axis in axes.flat:
-            axis.axis("off")
-        for axis, i in zip(axes.flat, wrong[: self.num_mistakes], strict=False):
+    def draw_mistakes(self, confusion: Tensor, images: Tensor, y: Tensor, y_pred: Tensor, losses: Tensor) -> Figure:
+        worst = [i for i in losses.argsort(descending=True).tolist() if y[i] != y_pred[i]][: self.num_mistakes]
+        figure, columns = plt.figure(), 5
+        figure.suptitle(f"{len(worst)} of {confusion.sum() - confusion.trace()} mistakes, the worst by loss")
+        for position, i in enumerate(worst, start=1):
+            axis = figure.add_subplot(-(-self.num_mistakes // columns), columns, position)
             axis.imshow(images[i].squeeze().float().numpy(), cmap="gray_r")  # NumPy has no bfloat16
             axis.set_title(f"true {y[i]}, predicted {y_pred[i]}", fontsize=9)
+            axis.axis("off")
         return figure
 
 
-def mean_and_std(tag: str, name: str, values: Tensor) -> dict[str, float]:
-    """Returns `{tag}_mean/{name}` and `{tag}_std/{name}` of the values."""
-    # In double precision, as squares overflow sooner than values, and on the CPU, as a Mac's GPU has no such numbers.
-    std, mean = torch.std_mean(values.detach().cpu().double(), correction=0)
-    return {f"{tag}_mean/{name}": mean.item(), f"{tag}_std/{name}": std.item()}
-
-
 class GradientHistogramCallback(pl.Callback):
-    """Records each parameter's gradient: the histogram `gradient/{name}` and its norm, mean and standard deviation.
+    """Records each parameter's gradient: the histogram `gradient/{name}` and its norm, `gradient_norm/{name}`.
 
-    The scalars are `gradient_norm/{name}`, `gradient_mean/{name}` and `gradient_std/{name}`.
     It calls `trainer.logger.experiment`, the logger's own object (here TensorBoard's SummaryWriter), as one does for
     all that `self.log` has no word for. With a logger that has no `add_histogram` it does nothing.
 
@@ -139,8 +131,7 @@ class GradientHistogramCallback(pl.Callback):
             norm = gradient.norm()
             if norm.isfinite():  # a histogram of anything else raises
                 trainer.logger.experiment.add_histogram(f"gradient/{name}", gradient, trainer.global_step, bins=64)
-                scalars = {f"gradient_norm/{name}": norm} | mean_and_std("gradient", name, gradient)
-                trainer.logger.log_metrics(scalars, step=trainer.global_step)
+                trainer.logger.log_metrics({f"gradient_norm/{name}": norm}, step=trainer.global_step)
 
 
 class FiniteLossCallback(pl.Callback):

@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Callable
 from functools import partial
-from itertools import islice, pairwise
+from itertools import islice, pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -297,10 +297,10 @@ def test_hooks_are_removed_after_an_error(data, tmp_path):
 
 
 def test_every_nth_step_is_recorded_once(data, tmp_path):
-    """With accumulated gradients a step has several batches, and a second training records nothing twice."""
+    """And a second training records nothing twice."""
     model = MLP([8], "gelu")
     for _ in range(2):
-        first = fit(model, data, tmp_path, 5, every_n_steps=2, accumulate_grad_batches=3)
+        first = fit(model, data, tmp_path, 5, every_n_steps=2)
     events = read_events(tmp_path / "lightning_logs/version_1")
     layers = {"preactivation": (1, 4), "activation": (2,), "backpropagated": (1, 4)}
     tags = {f"{what}/model.layers.{layer}" for what, numbers in layers.items() for layer in numbers}
@@ -400,7 +400,7 @@ def test_script_prints_a_table_and_leaves_pictures_histograms_and_its_options(ca
     for activation, share in (("tanh", "saturated"), ("relu", "dead")):
         events = read_events(folder / activation / "lsuv")
         assert "backpropagated/model.layers.10" in events.Tags()["histograms"]
-        tags = {f"activation_{share}/model.layers.8", "gradient_std/model.layers.1.weight", "accuracy/val"}
+        tags = {f"activation_{share}/model.layers.8", "gradient_norm/model.layers.1.weight", "accuracy/val"}
         assert tags <= set(events.Tags()["scalars"])
         assert [event.step for event in events.Scalars("loss/step")] == [0, 1, 2, 3]
         assert events.Scalars("preactivation_std/model.layers.4")[0].value == pytest.approx(1, abs=1e-3)
@@ -409,11 +409,16 @@ def test_script_prints_a_table_and_leaves_pictures_histograms_and_its_options(ca
 @pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_pictures_show_what_was_measured_though_it_overflows_or_is_0(compare):
     # In each of 60 layers the standard deviation grows by 7.
-    results = compare(depth=60, activations=["relu"], schemes=["normal_large", "zeros"], steps=1)
-    for axis, what in zip(draw_depth(results).axes, ("preactivations", "gradients"), strict=True):
-        for result, lines in zip(results, (axis.lines[:2], axis.lines[2:4]), strict=True):
+    results = compare(depth=60, activations=["tanh", "relu"], schemes=["normal_large", "zeros"], steps=1)
+    figure = draw_depth(results)
+    panels = product(("preactivations", "gradients"), ("normal_large", "zeros"))
+    for axis, (what, scheme) in zip(figure.axes, panels, strict=True):
+        assert axis.get_title() == scheme
+        for result, lines in zip(results[scheme == "zeros" :: 2], (axis.lines[:2], axis.lines[2:4]), strict=True):
+            assert lines[0].get_label() == result.activation
             np.testing.assert_array_equal(lines[0].get_ydata(), result.measured_stds[what])
             np.testing.assert_array_equal(lines[1].get_ydata(), result.predicted_stds[what])
+    assert figure.get_supxlabel() == "layer (61: logits)"
 
 
 @pytest.mark.parametrize("moment", ["between trainings", "in a training", "while a value is logged"])

@@ -30,10 +30,11 @@ def drawn(*trials: tuple[str, list[float]]) -> Axes:
 
 
 def test_picture_tells_pruned_trials_from_complete_ones_and_shows_the_best():
-    good, better, bad = [0.95, 0.96, 0.97], [0.97, 0.98, 0.99], [0.93, 0.94]
-    axis = drawn(("baseline", good), ("complete", better), ("pruned", bad), ("complete", good))
+    good, better = [0.95, 0.96, 0.97], [0.97, 0.98, 0.99]
+    pruned = [("pruned", accuracies) for accuracies in ([0.2, 0.96], [0.2, 0.94], [0.2])]
+    axis = drawn(("baseline", good), ("complete", better), ("complete", good), *pruned)
     labels = [text.get_text() for text in axis.get_legend().get_texts()]
-    assert labels == ["complete", "baseline", "best, trial 1", "pruned"]
+    assert labels == ["complete", "baseline", "best, trial 1", "pruned (2 of 3 below)"]
     assert len({(line.get_color(), line.get_linestyle()) for line in axis.get_lines()}) == 4
     assert {label.get_text() for label in axis.get_xticklabels()} >= {"1", "2", "3"}
     assert all(tick == int(tick) for tick in axis.get_xticks())

@@ -47,7 +47,7 @@ def write_images(folder: Path) -> None:
     mnist = MNIST(DATA)
     for digit, name in ((0, "zero"), (1, "one"), (7, "seven")):
         indices = iter((mnist.targets == digit).nonzero().flatten().tolist())
-        for split, count in {"train": 24, "val": 12, "test": 12, "night": 6}.items():
+        for split, count in {"train": 24, "val": 12, "test": 12}.items():
             (folder / split / name).mkdir(parents=True)
             for number in range(count):
                 mnist[next(indices)][0].save(folder / split / name / f"{number}.png")
@@ -259,19 +259,6 @@ def test_backbone_is_frozen_then_trained(run_block: Callable, monkeypatch: pytes
     assert f"downloads {weights.meta['_file_size']:.0f} MB" in PAGE
 
 
-def test_each_validation_set_has_its_metric(run_block: Callable):
-    names, _ = run_block("Several validation sets")
-    trainer = names["trainer"]
-    assert trainer.checkpoint_callback.best_model_score == trainer.callback_metrics["accuracy/val"]
-    [val, night] = trainer.validate(datamodule=names["data"], verbose=False)
-    loader = names["data"].val_dataloader()[1]
-    with torch.no_grad():
-        right = [trainer.lightning_module.cpu().eval()(x).argmax(dim=1) == y for x, y in loader]
-    assert night["accuracy/night"] == pytest.approx(torch.cat(right).float().mean().item())
-    assert "accuracy/val" in val
-    assert "dataloader_idx" not in str(trainer.callback_metrics.keys())
-
-
 def test_mapped_file_is_read_by_started_worker_processes(folder: Path):
     """As on Windows and Mac, where they are not forks."""
     spawn = 'import multiprocessing\n\nif __name__ == "__main__":\n    multiprocessing.set_start_method("spawn")\n'
@@ -318,14 +305,21 @@ def test_checks_pass_where_all_is_right(run_block: Callable, folder: Path):
     assert (folder / "batch.png").exists()
 
 
-def test_slurm_and_the_trainer_must_agree(monkeypatch: pytest.MonkeyPatch):
-    [job] = re.findall(r"^#SBATCH --nodes=(\d) --ntasks-per-node=(\d) .+$", PAGE, re.MULTILINE)
-    assert f"num_nodes={job[0]}, devices={job[1]}" in PAGE
-    variables = {"NTASKS": 8, "NTASKS_PER_NODE": job[1], "NNODES": job[0], "PROCID": 0, "LOCALID": 0, "NODEID": 0}
-    for name, value in variables.items():
-        monkeypatch.setenv(f"SLURM_{name}", str(value))
-    assert pl.Trainer(num_nodes=2, devices=4, strategy="ddp", **QUIET).world_size == 8
-    for wrong in ({"num_nodes": 2, "devices": 1}, {"num_nodes": 1, "devices": 4}):
+@pytest.mark.parametrize("launcher", ["python", "srun", "torchrun"])
+def test_who_starts_the_processes_and_that_the_trainer_must_agree(monkeypatch: pytest.MonkeyPatch, launcher: str):
+    page = (ROOT / "docs/devices.md").read_text()
+    [(nodes, tasks)] = re.findall(r"^#SBATCH --nodes=(\d) --ntasks-per-node=(\d) .+$", page, re.MULTILINE)
+    assert f"num_nodes={nodes}, devices={tasks}" in page
+    assert f"torchrun --nnodes {nodes} --nproc_per_node {tasks} " in page
+    slurm = {"NTASKS": 8, "NTASKS_PER_NODE": tasks, "NNODES": nodes, "PROCID": 0, "LOCALID": 0, "NODEID": 0}
+    torchrun = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": 8, "RANK": 0, "LOCAL_RANK": 0}
+    variables = {"srun": {f"SLURM_{name}": value for name, value in slurm.items()}, "torchrun": torchrun, "python": {}}
+    for name, value in variables[launcher].items():
+        monkeypatch.setenv(name, str(value))
+    strategy = pl.Trainer(num_nodes=2, devices=4, strategy="ddp", **QUIET).strategy
+    started = strategy.cluster_environment.creates_processes_externally
+    assert (strategy.world_size, started) == (8, launcher != "python")
+    for wrong in ({"num_nodes": 2, "devices": 1}, {"num_nodes": 1, "devices": 4}) if started else ():
         with pytest.raises(ValueError, match="does not match"):
             pl.Trainer(**wrong, strategy="ddp", **QUIET).fit(Digits(), [])
 

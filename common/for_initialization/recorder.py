@@ -5,9 +5,9 @@ from functools import partial
 from typing import Any, Literal
 
 import pytorch_lightning as pl
+import torch
 from torch import Tensor, nn
 
-from common.callbacks import mean_and_std
 from common.model import ACTIVATIONS
 
 
@@ -36,9 +36,7 @@ class ActivationHistogramCallback(pl.Callback):
         self.handles = []
 
     def on_train_batch_start(self, trainer, pl_module, batch: Any, batch_idx: int) -> None:
-        # With accumulated gradients several batches share a step; the first one stands for them.
-        first = batch_idx % trainer.accumulate_grad_batches == 0
-        if trainer.is_global_zero and first and trainer.global_step % self.every_n_steps == 0:
+        if trainer.is_global_zero and trainer.global_step % self.every_n_steps == 0:
             for name, module in pl_module.named_modules():
                 if isinstance(module, (nn.Linear, *ACTIVATIONS.values())):
                     self.handles.append(module.register_forward_hook(partial(self._record_output, trainer, name)))
@@ -59,10 +57,7 @@ class ActivationHistogramCallback(pl.Callback):
     def _record_output(self, trainer: pl.Trainer, name: str, module: nn.Module, _: Any, output: Tensor) -> None:
         shares = {}
         if isinstance(module, nn.Linear):
-            # Precision 16-mixed multiplies the loss by a scale, and with it the gradients.
-            scaler = getattr(trainer.precision_plugin, "scaler", None)
-            scale = scaler.get_scale() if scaler else 1.0
-            output.register_hook(lambda grad: self._record(trainer, "backpropagated", name, grad.float() / scale))
+            output.register_hook(partial(self._record, trainer, "backpropagated", name))
         elif isinstance(module, nn.ReLU):
             shares[f"activation_dead/{name}"] = (output == 0).all(dim=0).float().mean().item()
         elif isinstance(module, nn.Tanh):
@@ -72,7 +67,9 @@ class ActivationHistogramCallback(pl.Callback):
 
     def _record(self, trainer: pl.Trainer, what: str, name: str, values: Tensor, **shares: float) -> None:
         values = values.detach().float()  # TensorBoard would make float16 of bfloat16
-        scalars = mean_and_std(what, name, values) | shares
+        # In double precision, as squares overflow sooner than values, and on the CPU, as a Mac's GPU has no such.
+        std, mean = torch.std_mean(values.cpu().double(), correction=0)
+        scalars = {f"{what}_mean/{name}": mean.item(), f"{what}_std/{name}": std.item()} | shares
         for tag, value in scalars.items():
             self.first.setdefault(tag, value)
         trainer.logger.log_metrics(scalars, step=trainer.global_step)

@@ -23,15 +23,13 @@ def report(study: optuna.Study, folder: Path) -> bool:
     for trial in trials:
         if trial.state == TrialState.FAIL:
             print(f"trial {trial.number} failed: {trial.user_attrs['error']}")
-    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
-    complete.sort(key=lambda trial: trial.value, reverse=True)
+    complete = sorted((trial for trial in trials if trial.state == TrialState.COMPLETE), key=lambda trial: -trial.value)
     if complete:
         print_table(complete[:5])
         print_lead(complete)
         for name, end in at_an_end(complete).items():
             print(f"at an end:        {name}, the {end} one of its range: widen it, under another --study_name")
-        picture = draw_intermediate_values(trials, complete[0])
-        picture.savefig(folder / "intermediate_values.png", dpi=100, bbox_inches="tight")
+        draw_intermediate_values(trials, complete[0]).savefig(folder / "intermediate_values.png", dpi=100)
         print(f"picture, logs:    {folder}\nto look at them:  tensorboard --logdir {folder}")
         best = complete[0].user_attrs
         print(f'its weights:      Classifier.load_from_checkpoint("{best["checkpoint"]}", weights_only=True)')
@@ -101,26 +99,27 @@ def draw_intermediate_values(trials: list[FrozenTrial], best: FrozenTrial) -> Fi
     """Draws the validation accuracy of each trial after each epoch; Optuna's picture does not show how it ended."""
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     pruned = [trial for trial in trials if trial.state == TrialState.PRUNED]
+    # The picture shows the range of the complete trials, so that these can be told apart.
+    accuracies = [accuracy for trial in complete for accuracy in trial.intermediate_values.values()] or [0.0]
+    bottom, top = min(accuracies) - 0.005, max(accuracies) + 0.005
+    below = sum(max(trial.intermediate_values.values(), default=bottom) < bottom for trial in pruned)
     groups = {
         "complete": ([trial for trial in complete if "seed" not in trial.user_attrs], {"color": "tab:blue"}),
         "baseline": ([trial for trial in complete if "seed" in trial.user_attrs], {"color": "black", "linewidth": 2}),
         f"best, trial {best.number}": ([best], {"color": "tab:red", "linewidth": 3}),
-        "pruned": (pruned, {"color": "gray", "linestyle": "--", "zorder": 1}),
+        f"pruned ({below} of {len(pruned)} below)": (pruned, {"color": "gray", "linestyle": "--", "zorder": 1}),
     }
-    figure = Figure(figsize=(11, 5))
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
     axis = figure.subplots()
     for label, (trials, style) in groups.items():
-        # Those of the complete trials, so that these can be told apart: pruned ones may leave the picture.
-        limits = axis.get_ylim()
         # One line for all trials of a group; NaN lifts the pen between two of them.
-        accuracies = [item for trial in trials for item in [*trial.intermediate_values.items(), (math.nan, math.nan)]]
-        if accuracies:
-            steps, values = zip(*accuracies, strict=True)
+        points = [point for trial in trials for point in [*trial.intermediate_values.items(), (math.nan, math.nan)]]
+        if points:
+            steps, values = zip(*points, strict=True)
             axis.plot([step + 1 for step in steps], values, label=label, marker=".", **style)
-    axis.set_ylim(limits)
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axis.set(xlabel="epoch", ylabel="validation accuracy")
+    axis.set(xlabel="epoch", ylabel="validation accuracy", ylim=(bottom, top))
     axis.legend(loc="lower right")
     axis.grid(alpha=0.3)
     return figure
