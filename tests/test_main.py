@@ -46,8 +46,9 @@ def test_every_option_reaches_what_it_names(call, monkeypatch: pytest.MonkeyPatc
     module = {"learning_rate": 0.01, "weight_decay": 0.3, "label_smoothing": 0.2}
     data = {"batch_size": 100, "seed": 7, "augment": False}
     trainer = {"precision": "64-true", "gradient_clip_val": 0.5, "accumulate_grad_batches": 2, "fast_dev_run": 3}
-    options = model | module | data | trainer | {"patience": 2, "profiler": "simple", "accelerator": "cpu"}
-    result = call(main, *chain(*((f"--{name}", value) for name, value in options.items())), "--matmul_precision", "high")
+    others = {"patience": 2, "profiler": "simple", "accelerator": "cpu", "matmul_precision": "high"}
+    options = model | module | data | trainer | others
+    result = call(main, *chain(*((f"--{name}", value) for name, value in options.items())))
     assert result.returncode == 0, result.stderr
     assert torch.get_float32_matmul_precision() == "high"
     [seen] = trainers

@@ -5,8 +5,6 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-import optuna
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -90,9 +88,10 @@ def longer_run_from_checkpoint(folder: Path) -> None:
     short_trainer(max_epochs=2).fit(Classifier(MLP()), data, ckpt_path=folder / "short.ckpt")
 
 
-def numpy_bool_as_user_attribute(folder: Path) -> None:
-    study = optuna.create_study(storage=f"sqlite:///{folder}/study.db")
-    study.ask().set_user_attr("pruned", np.bool_(True))
+def fit_after_eval(folder: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*in eval mode")
+        short_trainer().fit(Classifier(MLP()).eval(), MNISTDataModule(DATA))
 
 
 def metrics_left_on_the_cpu(folder: Path) -> None:
@@ -124,7 +123,7 @@ def metrics_left_on_the_cpu(folder: Path) -> None:
         (dict_without_loss, "when `training_step` returns a dict, the 'loss' key needs to be present"),
         (metric_that_nobody_logs, "conditioned on metric `val/accuracy` which is not available"),
         (longer_run_from_checkpoint, "Tried to step … times. The specified number of total steps is …"),
-        (numpy_bool_as_user_attribute, "not JSON serializable"),
+        (fit_after_eval, "Found … module(s) in eval mode at the start of training"),
         (metrics_left_on_the_cpu, "Expected all tensors to be on the same device"),
     ],
 )

@@ -34,8 +34,14 @@ BLOCKS = [
     for page, text in PAGES.items()
     for match in BLOCK.finditer(text)
 ]
+# The files of the README's small program, by the name in their first line.
+PROGRAMS = {block["text"].split()[1]: block["text"] for block in BLOCKS if block["text"].startswith("# digits_")}
 # tests/test_your_project.py runs those beside starter.py.
-PYTHON = [block for block in BLOCKS if block["language"] == "python" and block["mark"] != "beside starter.py"]
+PYTHON = [
+    block
+    for block in BLOCKS
+    if block["language"] == "python" and block["mark"] != "beside starter.py" and block["text"] not in PROGRAMS.values()
+]
 COMMANDS = [line for block in BLOCKS if block["language"] == "sh" for line in block["text"].splitlines()]
 PROSE = {page: re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL) for page, text in PAGES.items()}
 INLINE = [words for text in PROSE.values() for words in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", text)]
@@ -58,7 +64,6 @@ LEFT_OUT = {
     "starter.py": "tests/test_your_project.py runs it beside a folder of images",
     "docs/pictures.py": "needs the logs of whole runs",
     "from docs.benchmark": "takes a minute",
-    "OMP_NUM_THREADS": "tests/test_sweep.py starts two at the same moment",
     "torchrun": "needs four GPUs or several machines",
     "--accelerator gpu": "needs a GPU",
     "--storage postgresql": "tests/test_sweep.py starts a server and runs it",
@@ -109,9 +114,9 @@ def shape(line: str) -> str:
 
 
 def has_lines(output: str, excerpt: str) -> bool:
-    """Whether the lines of the excerpt stand in the output, in their order and perhaps with others between."""
+    """Whether the lines of the excerpt stand in the output, in their order and perhaps with others between (…)."""
     lines = iter([shape(line) for line in output.splitlines()])
-    return all(shape(line) in lines for line in excerpt.splitlines())
+    return all(shape(line) in lines for line in excerpt.splitlines() if line != "…")
 
 
 @pytest.mark.parametrize(
@@ -123,6 +128,21 @@ def test_excerpt_has_the_lines_of_the_output_in_their_order(block: dict):
     if not printed:
         pytest.skip("its command has not run")
     assert any(has_lines(text, block["text"]) for text in printed), printed[-1]
+
+
+def test_files_of_the_parts_run_one_after_the_other_in_an_empty_folder(tmp_path: Path):
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    printed = {}
+    for name, text in PROGRAMS.items():
+        (tmp_path / name).write_text(text)
+        result = run_python(tmp_path, name, PYTHONPATH="")  # without the modules of this repository
+        assert result.returncode == 0, result.stderr
+        printed[name] = result.stdout
+        promised = re.findall(r"print\(.*\)  # ([^…\n]+)", text)  # what a comment says that this line prints
+        assert promised, name
+        for line in promised:
+            assert line in result.stdout if "Size" in line else has_lines(result.stdout, line), result.stdout
+    assert 85 < float(re.search(r"test accuracy ([\d.]+)%", printed["digits_train.py"])[1]) < 99
 
 
 @pytest.mark.parametrize("block", [block for block in PYTHON if not block["mark"]], ids=by_line)
@@ -177,7 +197,16 @@ def anchors(page: str) -> set[str]:
 
 def test_files_named_exist():
     files = {text for text in INLINE if re.fullmatch(r"(common|tests|docs|data)/[\w./]*|\w+\.py", text)}
-    assert {name for name in files if not (ROOT / name).exists()} == set()
+    assert {name for name in files - set(PROGRAMS) if not (ROOT / name).exists()} == set()
+
+
+def test_map_has_a_line_for_each_file_and_an_order():
+    rows = re.findall(r"^\| `([\w/]+\.py)` \| .+ \| (?:\*\*read\*\* (\d)|\*skip at first\*)", README, re.MULTILINE)
+    paths = [*ROOT.glob("*.py"), *ROOT.glob("common/**/*.py")]
+    files = {str(path.relative_to(ROOT)) for path in paths if path.name != "__init__.py"} - set(PROGRAMS)
+    assert sorted(name for name, _ in rows) == sorted(files)
+    places = [int(place) for _, place in rows if place]
+    assert places == list(range(1, len(places) + 1))
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -190,7 +219,7 @@ def test_links_and_pictures_exist(page: str):
 
 def test_every_picture_is_shown_and_drawn_by_a_command():
     pictures = {path.name for path in (ROOT / "docs").glob("*.png")}
-    shown = {Path(name).name for text in PROSE.values() for name in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text)}
+    shown = {Path(name).name for text in PROSE.values() for name in re.findall(r"\]\(([^)]+\.png)\)", text)}
     assert pictures == shown
     assert {name for name in pictures if name not in PAGES["CONTRIBUTING.md"]} == set()
 
@@ -253,7 +282,6 @@ def in_sentence(page: str, sentence: str) -> list[float]:
         ("docs/initialization.md", r"`xavier_normal` reaches ([\d.]+) %", "docs/initialization.md", "xavier_normal"),
         ("docs/initialization.md", r"takes away, and reaches ([\d.]+) %", "docs/initialization.md", "kaiming_normal"),
         ("docs/initialization.md", r"stays at ([\d.]+) %: it answers", "docs/initialization.md", "pytorch_default"),
-        ("README.md", r"takes ([\d.]+) times as long,", "docs/speed.md", "usual example |"),
         ("README.md", r"\[([\d.]+) times\]\S+ as many trials a minute", "docs/tuning.md", "2 workers of 1 thread"),
         ("docs/tuning.md", r"TPE is ahead by ([\d.]+) ± ([\d.]+) points", "docs/tuning.md", "TPE, pruned"),
         ("docs/tuning.md", r"and is ahead by ([\d.]+) ± ([\d.]+) points", "docs/tuning.md", "GP |"),
@@ -261,12 +289,8 @@ def in_sentence(page: str, sentence: str) -> list[float]:
         ("docs/tuning.md", r"epochs instead of (\d+)", "docs/tuning.md", "TPE, pruned"),
         ("docs/tuning.md", r"in each, these are (\d+)", "docs/tuning.md", "hyperparameter | searched"),
         ("docs/tuning.md", r"worse by ([\d.]+) points at most", "docs/tuning.md", "top third"),
-        ("README.md", r"accuracy is ([\d.]+) % after (\d+) s", "docs/accuracy.md", "26 epochs, normalization"),
         ("docs/accuracy.md", r"reaches ([\d.]+) % after (\d+) s", "docs/accuracy.md", "26 epochs, normalization"),
         ("docs/accuracy.md", r"average\*\* ends at ([\d.]+) %. On (\d+)", "docs/accuracy.md", "average of five"),
-        ("README.md", r"with batches of 64 needs (\d+) s", "docs/speed.md", "usual example, batches of 64 | 9"),
-        ("README.md", r"one-cycle schedule it needs (\d+) s", "docs/speed.md", "one-cycle schedule"),
-        ("README.md", r"and `main.py` (\d+) s", "docs/speed.md", "`main.py` | 9"),
     ],
 )
 def test_figure_of_a_sentence_stands_in_its_table(page: str, sentence: str, table: str, row: str):
@@ -338,7 +362,7 @@ def test_hooks_are_called_in_the_order_of_the_readme():
     trainer = pl.Trainer(max_epochs=1, limit_train_batches=1, limit_val_batches=1, enable_checkpointing=False, **QUIET)
     data, classifier = MNISTDataModule(), Classifier(MLP([16]))
     for name in named:
-        owner = data if name == "prepare_data" else classifier
+        owner = data if name in ("prepare_data", "on_after_batch_transfer") else classifier
         setattr(owner, name, noted(name, getattr(owner, name)))
     trainer.fit(classifier, data)
     assert list(calls) == named
