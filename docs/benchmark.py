@@ -396,9 +396,9 @@ def ladder() -> None:
     rows = []
     for row, words in LADDER.items():
         goals = " | ".join(to_goal(climbs[words], goal) for goal in GOALS)
-        rows.append(f"| {row} | {goals} | {cells(words, LADDER[OURS])} |")
+        rows.append(f"| {row} | `python {words}` | {goals} | {cells(words, LADDER[OURS])} |")
     goals = " | ".join(f"to {100 * goal:.3g} %" for goal in GOALS)
-    publish("ladder", f"| the row adds | {goals} | test, in % | whole run | ratio |", rows)
+    publish("ladder", f"| the row adds | command | {goals} | test, in % | whole run | ratio |", rows)
 
     rows, base = [], next(iter(PRODUCTS.values()))
     for row, words in PRODUCTS.items():
