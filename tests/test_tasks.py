@@ -1,0 +1,80 @@
+"""docs/tune.py, and the block of docs/tasks.md beside starter.py. tests/test_readme.py runs the others."""
+
+import csv
+import re
+import sys
+from pathlib import Path
+
+import optuna
+import pytest
+import torch
+from torchvision.datasets import MNIST
+from torchvision.utils import save_image
+
+from tests.conftest import DATA, ROOT, finish, run_python, start
+
+NAMES = ("zero", "one", "seven")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in ("starter.py", "tune.py"):
+        (tmp_path / name).write_bytes((ROOT / "docs" / name).read_bytes())
+    return tmp_path
+
+
+def digits(number: int) -> list[torch.Tensor]:
+    mnist = MNIST(DATA)
+    return [mnist.data[mnist.targets == digit][:number] / 255 for digit in (0, 1, 7)]
+
+
+def write_classes(folder: Path) -> None:
+    for name, images in zip(NAMES, digits(12), strict=True):
+        for number, image in enumerate(images):
+            path = folder / "data" / ("train", "train", "val", "test")[number % 4] / name / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_image(image, path)
+
+
+def test_three_workers_share_a_search_that_starts_at_the_same_moment(folder: Path):
+    write_classes(folder)
+    workers = [start(folder, "tune.py", "--n_trials", 4, "--max_epochs", 2) for _ in range(3)]
+    for worker in map(finish, workers):
+        assert worker.returncode == 0, worker.stderr
+    study = optuna.load_study(study_name="starter", storage=f"sqlite:///{folder}/tune.db")
+    # One that was opened too many has failed without a training.
+    trained = [trial for trial in study.trials if trial.intermediate_values]
+    assert [trial.state.name in ("COMPLETE", "PRUNED") for trial in trained] == 4 * [True]
+    assert {trial.state.name for trial in study.trials if trial not in trained} <= {"FAIL"}
+    for trial in trained:
+        assert trial.value == max(trial.intermediate_values.values())
+
+    result = run_python(folder, "tune.py", "--max_epochs", 2, "--test")
+    assert result.returncode == 0, result.stderr
+    assert len(re.findall(r"seed_\d: accuracy/val \d.\d+, accuracy/test \d.\d+", result.stdout)) == 3
+    assert {path.parent.parent.name for path in folder.glob("tune/seed_*/checkpoints/best.ckpt")} == {
+        "seed_1",
+        "seed_2",
+        "seed_3",
+    }
+
+
+def test_each_image_may_have_several_labels(folder: Path):
+    (folder / "photos").mkdir()
+    places, present = torch.rand(240, 3).argsort(dim=1), torch.rand(240, 3) < 0.5
+    with open(folder / "photos/labels.csv", "w", newline="") as file:
+        csv.writer(file).writerows(
+            [["file", *NAMES], *([f"{n}.png", *row] for n, row in enumerate(present.int().tolist()))]
+        )
+    for n, images in enumerate(zip(*digits(240), strict=True)):
+        row = torch.zeros(3, 28, 28)
+        for k in range(3):
+            row[places[n, k]] = images[k] * present[n, k]
+        save_image(torch.cat(list(row), dim=1), folder / f"photos/{n}.png")
+    [block] = re.findall(
+        r"<!-- beside starter.py -->\n```python\n(.+?)^```$", (ROOT / "docs/tasks.md").read_text(), re.M | re.S
+    )
+    (folder / "tags.py").write_text(block)
+    result = run_python(folder, "tags.py")
+    assert result.returncode == 0, result.stderr
+    sys.stdout.write(result.stdout)
