@@ -2,7 +2,6 @@
 
 import csv
 import re
-import sys
 from pathlib import Path
 
 import optuna
@@ -52,29 +51,23 @@ def test_three_workers_share_a_search_that_starts_at_the_same_moment(folder: Pat
     result = run_python(folder, "tune.py", "--max_epochs", 2, "--test")
     assert result.returncode == 0, result.stderr
     assert len(re.findall(r"seed_\d: accuracy/val \d.\d+, accuracy/test \d.\d+", result.stdout)) == 3
-    assert {path.parent.parent.name for path in folder.glob("tune/seed_*/checkpoints/best.ckpt")} == {
-        "seed_1",
-        "seed_2",
-        "seed_3",
-    }
+    assert len(list(folder.glob("tune/seed_?/checkpoints/best.ckpt"))) == 3
 
 
 def test_each_image_may_have_several_labels(folder: Path):
+    torch.manual_seed(0)
     (folder / "photos").mkdir()
-    places, present = torch.rand(240, 3).argsort(dim=1), torch.rand(240, 3) < 0.5
+    present, places = torch.rand(240, 3) < 0.5, torch.rand(240, 3).argsort(dim=1)
+    rows = [[f"{number}.png", *labels] for number, labels in enumerate(present.int().tolist())]
     with open(folder / "photos/labels.csv", "w", newline="") as file:
-        csv.writer(file).writerows(
-            [["file", *NAMES], *([f"{n}.png", *row] for n, row in enumerate(present.int().tolist()))]
-        )
-    for n, images in enumerate(zip(*digits(240), strict=True)):
-        row = torch.zeros(3, 28, 28)
-        for k in range(3):
-            row[places[n, k]] = images[k] * present[n, k]
-        save_image(torch.cat(list(row), dim=1), folder / f"photos/{n}.png")
-    [block] = re.findall(
-        r"<!-- beside starter.py -->\n```python\n(.+?)^```$", (ROOT / "docs/tasks.md").read_text(), re.M | re.S
-    )
+        csv.writer(file).writerows([["file", *NAMES], *rows])
+    images = torch.stack(digits(240), dim=1) * present[..., None, None]  # (240, 3, 28, 28)
+    for row, three, order in zip(rows, images, places, strict=True):
+        save_image(torch.cat(list(three[order]), dim=1), folder / "photos" / row[0])
+    page = (ROOT / "docs/tasks.md").read_text()
+    [block] = re.findall(r"<!-- beside starter.py -->\n```python\n(.+?)^```$", page, re.MULTILINE | re.DOTALL)
     (folder / "tags.py").write_text(block)
     result = run_python(folder, "tags.py")
     assert result.returncode == 0, result.stderr
-    sys.stdout.write(result.stdout)
+    # Yes to everything has 0.67, and where the edges are cut off there is little more.
+    assert float(re.search(r"f1/val +(\d.\d+)", result.stdout)[1]) > 0.74
