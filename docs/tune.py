@@ -108,4 +108,7 @@ if __name__ == "__main__":
         ImageData(args.data_dir)
     except FileNotFoundError as error:
         parser.error(str(error))
-    (test if args.test else search)(open_study(), args)
+    study = open_study()
+    if args.test and not study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]):
+        parser.error("no trial is complete yet")
+    (test if args.test else search)(study, args)
