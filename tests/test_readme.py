@@ -62,6 +62,7 @@ LEFT_OUT = {
     "cp logs": "would replace the pictures by those of the small settings",
     "optuna-dashboard": "a server, which does not end",
     "starter.py": "tests/test_your_project.py runs it beside a folder of images",
+    "tune.py": "tests/test_tasks.py runs it beside a folder of images",
     "docs/pictures.py": "needs the logs of whole runs",
     "from docs.benchmark": "takes a minute",
     "torchrun": "needs four GPUs or several machines",

@@ -1,0 +1,59 @@
+"""docs/tune.py, and the block of docs/tasks.md beside starter.py. tests/test_readme.py runs the others."""
+
+import csv
+import re
+from pathlib import Path
+
+import optuna
+import pytest
+import torch
+from torchvision.datasets import MNIST
+from torchvision.utils import save_image
+
+from tests.conftest import DATA, ROOT, finish, run_python, start
+from tests.test_your_project import write_images
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in ("starter.py", "tune.py"):
+        (tmp_path / name).write_bytes((ROOT / "docs" / name).read_bytes())
+    return tmp_path
+
+
+def test_three_workers_share_a_search_that_starts_at_the_same_moment(folder: Path):
+    write_images(folder / "data")
+    workers = [start(folder, "tune.py", "--n_trials", 4, "--max_epochs", 2) for _ in range(3)]
+    for worker in map(finish, workers):
+        assert worker.returncode == 0, worker.stderr
+    study = optuna.load_study(study_name="starter", storage=f"sqlite:///{folder}/tune.db")
+    # One that was opened too many has failed without a training.
+    trained = [trial for trial in study.trials if trial.intermediate_values]
+    assert [trial.state.name in ("COMPLETE", "PRUNED") for trial in trained] == 4 * [True]
+    assert all(trial.state.name == "FAIL" for trial in study.trials if trial not in trained)
+    for trial in trained:
+        assert trial.value == max(trial.intermediate_values.values())
+
+    result = run_python(folder, "tune.py", "--max_epochs", 2, "--test")
+    assert result.returncode == 0, result.stderr
+    assert len(re.findall(r"seed_\d: accuracy/val \d.\d+, accuracy/test \d.\d+", result.stdout)) == 3
+    assert len(list(folder.glob("tune/seed_?/checkpoints/best.ckpt"))) == 3
+
+
+def test_each_image_may_have_several_labels(folder: Path):
+    torch.manual_seed(0)
+    (folder / "photos").mkdir()
+    mnist, present = MNIST(DATA), torch.rand(240, 3) < 0.5
+    rows = [[f"{number}.png", *labels] for number, labels in enumerate(present.int().tolist())]
+    with open(folder / "photos/labels.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["file", "zero", "one", "seven"], *rows])
+    digits = torch.stack([mnist.data[mnist.targets == digit][:240] / 255 for digit in (0, 1, 7)], dim=1)
+    for row, three in zip(rows, digits * present[..., None, None], strict=True):  # side by side, in any order
+        save_image(torch.cat(list(three[torch.randperm(3)]), dim=1), folder / "photos" / row[0])
+    page = (ROOT / "docs/tasks.md").read_text()
+    [block] = re.findall(r"<!-- beside starter.py -->\n```python\n(.+?)^```$", page, re.MULTILINE | re.DOTALL)
+    (folder / "tags.py").write_text(block)
+    result = run_python(folder, "tags.py")
+    assert result.returncode == 0, result.stderr
+    # Yes to everything has 0.67, and where the edges are cut off there is little more.
+    assert float(re.search(r"f1/val +(\d.\d+)", result.stdout)[1]) > 0.74
