@@ -85,6 +85,9 @@ class TestPicturesCallback(pl.Callback):
         mistakes = [torch.cat(parts) for parts in zip(*self.mistakes, strict=True)]
         if trainer.world_size > 1:  # trainer.strategy.all_gather wants as many rows from each process, and they differ
             mistakes = [torch.cat(gather_all_tensors(part)) for part in mistakes]
+        if mistakes[0].shape[1] == 3:  # matplotlib wants colors last, and from 0 to 1
+            colors = mistakes[0] - mistakes[0].min()
+            mistakes[0] = (colors / colors.max()).movedim(1, -1)
         if trainer.is_global_zero and hasattr(getattr(trainer.logger, "experiment", None), "add_figure"):
             for name, figure in {
                 "confusion/test": self.confusion.plot(confusion.cpu())[0],
