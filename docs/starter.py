@@ -37,7 +37,7 @@ def fault(path):
 
 
 class ImageData(pl.LightningDataModule):
-    def __init__(self, data_dir, batch_size=64, num_workers=2):
+    def __init__(self, data_dir, batch_size=32, num_workers=2):
         super().__init__()
         self.loading = {"batch_size": batch_size, "num_workers": num_workers, "persistent_workers": num_workers > 0}
         # Here and not in `setup`: it only lists the files, and the module needs to know the classes.

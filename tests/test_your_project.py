@@ -7,6 +7,7 @@ import math
 import pickle
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from pytorch_lightning.callbacks import LearningRateMonitor
 from pytorch_lightning.loggers import CSVLogger
 from torch import Tensor
@@ -28,7 +30,7 @@ from torchvision.models import ResNet18_Weights
 
 from common.data import MEAN, STD, MNISTDataModule
 from common.model import MLP
-from tests.conftest import DATA, QUIET, ROOT, assert_one_line_error, read_events
+from tests.conftest import DATA, QUIET, ROOT, assert_one_line_error, read_events, run_python
 
 STARTER = ROOT / "docs/starter.py"
 PAGE = (ROOT / "docs/your_project.md").read_text()
@@ -50,15 +52,21 @@ def write_images(folder: Path) -> None:
         for split, count in {"train": 24, "val": 12, "test": 12, "night": 6}.items():
             (folder / split / name).mkdir(parents=True)
             for number in range(count):
-                mnist[next(indices)][0].save(folder / split / name / f"{number}.png")
+                image = mnist[next(indices)][0].convert("L" if number else "RGBA")
+                image.save(folder / split / name / f"{number}.png")
 
 
 def write_table(path: Path) -> None:
     draw = np.random.default_rng(0)
     area, rooms, age = draw.uniform(30, 200, 600), draw.integers(1, 8, 600), draw.uniform(0, 90, 600)
     price = 2500 * area + 8000 * rooms - 900 * age + draw.normal(0, 10_000, 600)
-    table = np.column_stack([area, rooms, age, price])
-    np.savetxt(path, table, delimiter=",", fmt="%.0f", header="area,rooms,age,price", comments="")
+    house = draw.random(600) < 0.4
+    lines = ["area,rooms,kind,age,tax,price"]
+    for i, (size, count, years, cost) in enumerate(zip(area, rooms, age, price + 50_000 * house, strict=True)):
+        kind = "" if i % 20 == 3 else "house" if house[i] else "flat"
+        years = ["nan", "NA", "", *6 * [f"{years:.0f}"]][i % 9]
+        lines.append(f"{size:.0f},{count},{kind},{years},0.1,{cost if i % 50 else 'nan'}")
+    path.write_text("\n".join([*lines, "100,3,castle,800,0.1,900000", ""]))
 
 
 def python(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
@@ -132,6 +140,7 @@ def test_starter_keeps_the_best_epoch_and_the_newest_and_goes_on_from_it(folder:
         (["--data_dir", "nowhere"], ["No such file or directory", "nowhere"]),
         (["--data_dir", "data/val"], ["No such file or directory", "train"]),
         (["--data_dir", "incomplete"], ["val has ['one'], train has ['one', 'seven', 'zero']"]),
+        (["--data_dir", "broken"], ["broken/train/one/1.png: ", "broken/test/zero/2.png: its 16 bits"]),
         (["--ckpt_path", "nothing.ckpt"], ["No such file or directory", "nothing.ckpt"]),
         (["--max_epochs", "ten"], ["invalid int value: 'ten'"]),
     ],
@@ -144,6 +153,9 @@ def test_starter_says_in_one_line_what_is_wrong(
     capsys: pytest.CaptureFixture,
 ):
     if not (folder / "incomplete").exists():
+        shutil.copytree(folder / "data", folder / "broken")
+        (folder / "broken/train/one/1.png").write_bytes((folder / "data/train/one/1.png").read_bytes()[:-40])
+        Image.fromarray(np.full((9, 9), 400, np.uint16)).save(folder / "broken/test/zero/2.png")
         (folder / "incomplete/val/one").mkdir(parents=True)
         (folder / "incomplete/val/one/0.png").write_bytes((folder / "data/val/one/0.png").read_bytes())
         for split in ("train", "test"):
@@ -165,6 +177,50 @@ def test_worker_processes_of_any_system_can_read_the_images(folder: Path, monkey
     assert torch.equal(image, data.val_set[0][0])
     assert label == 0
     assert image.shape == (3, starter.SIZE, starter.SIZE)
+
+
+def cells(first: str) -> dict[str, list[str]]:
+    """Of the table whose header begins with that word, the code in each row by the row's first cell."""
+    rows = re.search(rf"^\| {first} \|.+\n\|.+\n((?:\|.+\n)+)", PAGE, re.MULTILINE)[1]
+    return {row.split(" | ")[0].strip("| "): re.findall(r"`([^`]+)`", row) for row in rows.splitlines()}
+
+
+def test_what_people_change_first(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """All of it at once."""
+    code, rows = STARTER.read_text(), cells("to change")
+    buffer, _, weighted = rows["a class that is rare"][:3]
+    for old, new in (
+        ("self.save_hyperparameters()", f"self.save_hyperparameters(); {buffer} #"),
+        ("cross_entropy(logits, labels)", weighted),
+        ("callbacks=[best, newest])", f"callbacks=[best, newest, {rows['an average of the weights (EMA)'][0]}])"),
+        ("logger=logger,", f"{rows['another logger beside'][0]}, {rows['to shorten long gradients'][0]},"),
+    ):
+        assert old in code
+        code = code.replace(old, new)
+    (tmp_path / "starter.py").write_text(code)
+    (tmp_path / "data").symlink_to(folder / "data")
+    monkeypatch.chdir(tmp_path)
+    written = []
+    for epochs, options in ((2, []), (3, ["--ckpt_path", str(CHECKPOINTS / "newest.ckpt")])):
+        monkeypatch.setattr(sys, "argv", ["starter.py", "--max_epochs", str(epochs), *options])
+        names = runpy.run_path("starter.py", run_name="__main__")
+        written.append([path.read_text() for path in sorted(tmp_path.glob("csv/*/version_*/metrics.csv"))])
+    assert len(written[1]) == 2
+    assert written[1][:1] == written[0]  # the first table is still there
+    trainer, data, best = names["trainer"], names["data"], names["best"]
+    assert trainer.gradient_clip_val == 1
+    state = torch.load(best.best_model_path, weights_only=True)
+    assert state["state_dict"]["weights"].tolist() == [1, 1, 5]
+    # What was tested is what is saved and was validated: the average.
+    tested, module = trainer.callback_metrics["loss/test"], names["classifier"].cpu()
+    name = "model.0.0.weight"
+    assert torch.equal(module.state_dict()[name], state["state_dict"][name])
+    assert not torch.equal(module.state_dict()[name], state["current_model_state"][name])
+    loaded = names["ImageClassifier"].load_from_checkpoint(best.best_model_path, weights_only=True)
+    fresh = pl.Trainer(**QUIET)
+    assert fresh.test(loaded, data, verbose=False)[0]["loss/test"] == pytest.approx(tested.item(), rel=1e-4)
+    [val] = fresh.validate(loaded, data, verbose=False)
+    assert val["accuracy/val"] == pytest.approx(best.best_model_score.item())
 
 
 # The page's blocks
@@ -193,6 +249,14 @@ def test_images_are_split(run_block: Callable, folder: Path):
         assert counts == {"zero": count, "one": count, "seven": count}
     copied = {path.read_bytes() for path in (folder / "split").glob("*/*/*")}
     assert copied == {path.read_bytes() for path in (folder / "images").glob("*/*")}
+    with pytest.raises(FileExistsError, match="split"):  # a second draw would mix training and test
+        run_block("Start with one file", ('"data"', '"split"'))
+    for number in range(2):
+        (folder / "images/few").mkdir(exist_ok=True)
+        (folder / f"images/few/{number}.png").write_bytes(b"")
+    with pytest.raises(SystemExit, match="three images: few"):
+        run_block("Start with one file", ('"data"', '"again"'))
+    assert not (folder / "again").exists()
 
 
 def test_prediction_has_names(run_block: Callable):
@@ -202,17 +266,25 @@ def test_prediction_has_names(run_block: Callable):
     assert re.search(r"0\.png (zero|one|seven) \d+%", printed)
 
 
-def test_table_is_learned_in_its_own_units(run_block: Callable, folder: Path):
+def test_table_with_gaps_is_learned_in_its_own_units(run_block: Callable):
     names, printed = run_block("A table")
-    assert names["test"]["r2/test"] > 0.8
-    rows = np.loadtxt(folder / "houses.csv", delimiter=",", skiprows=1)
-    train = torch.column_stack(names["data"].train_set.tensors)
-    assert len(train) == 0.8 * len(rows)
-    assert names["regressor"].hparams.mean == pytest.approx(train.mean(dim=0).tolist())
-    always_the_mean = np.abs(rows[:, -1] - rows[:, -1].mean()).mean()
+    assert "tax: 0 missing, and always the same: not used\n" in printed
+    assert "kind castle: 0 missing, and always the same: not used\n" in printed
+    assert re.search(r"^age: [1-9]\d+ missing$", printed, re.MULTILINE)
+    train, test = (names["data"].train_dataloader().dataset.tensors, names["data"].test_dataloader().dataset.tensors)
+    assert (len(train[1]), len(test[1])) == (471, 59)  # 80 and 10 % of those that have a price
+    always_the_mean = (test[1] - train[1].mean()).abs().mean().item()
     assert names["test"]["mae/test"] < 0.5 * always_the_mean
-    # 2500 × 120 + 8000 × 4 - 900 × 30
-    assert float(re.search(r"\[(\d+)", printed)[1]) == pytest.approx(305_000, rel=0.3)
+    assert names["test"]["r2/test"] > 0.8
+    # The checkpoint gives what was tested; the mean stands for what is missing, and the constant column for nothing.
+    regressor = names["regressor"]
+    with torch.no_grad():
+        assert (regressor(test[0]) - test[1]).abs().mean().item() == pytest.approx(names["test"]["mae/test"], rel=1e-4)
+        mean = train[0].nanmean(dim=0)[5].item()
+        rows = [names["house"] | change for change in ({}, {"age": str(mean)}, {"age": "NaN", "tax": "7"})]
+        same = regressor(names["encode"](rows, regressor.hparams.columns))
+    assert same.tolist() == pytest.approx(3 * [same[0].item()], rel=1e-4)
+    assert same[0].item() == pytest.approx(2500 * 120 + 8000 * 4 - 900 * mean, rel=0.2)
 
 
 def without_numbers(text: str) -> str:
@@ -328,6 +400,63 @@ def test_slurm_and_the_trainer_must_agree(monkeypatch: pytest.MonkeyPatch):
     for wrong in ({"num_nodes": 2, "devices": 1}, {"num_nodes": 1, "devices": 4}):
         with pytest.raises(ValueError, match="does not match"):
             pl.Trainer(**wrong, strategy="ddp", **QUIET).fit(Digits(), [])
+
+
+# The clone
+
+
+def test_rows_that_are_deleted_leave_what_runs(tmp_path: Path):
+    for name in ("main.py", "sweep.py", "initialization.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("common", "tests", "docs"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "data").mkdir()
+    for row in cells("delete"):
+        for name in re.findall(r"`([^`]+)`", row):
+            path = tmp_path / name
+            shutil.rmtree(path) if name.endswith("/") else path.unlink()
+        for path in tmp_path.rglob("*.py"):
+            for module in re.findall(r"^from ((?:common|tests|docs)\S*|main|sweep|initialization) import", path.read_text(), re.M):
+                target = tmp_path / module.replace(".", "/")
+                assert target.with_suffix(".py").exists() or target.is_dir(), f"{path} after {row}"
+        if row == "`common/__init__.py`":
+            result = python(tmp_path, "main.py", "--fast_dev_run", "true", "--data_dir", DATA)
+            assert result.returncode == 0, result.stderr
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.py")}
+    assert left == {"common/data.py", "common/model.py", "common/classifier.py"}
+    train = (
+        "import pytorch_lightning as pl\nfrom common.classifier import Classifier\nfrom common.data import MNISTDataModule\n"
+        f"pl.Trainer(fast_dev_run=True).fit(Classifier({{'hidden_sizes': [8]}}), MNISTDataModule({DATA!r}))"
+    )
+    assert python(tmp_path, "-c", train).returncode == 0
+
+
+COLORED = """
+class YourDataModule(MNISTDataModule):
+    def setup(self, stage):
+        for name in ("train", "val", "test"):
+            images, labels = self._load("t10k", 10_000)
+            images, labels = images[labels < 3][:300], labels[labels < 3][:300]
+            images = F.interpolate(images, size=32) * torch.tensor([1.0, 0.5, -1.0]).view(3, 1, 1)
+            setattr(self, f"{name}_set", TensorBatches(images, labels))
+"""
+
+
+def test_clone_learns_colored_images_of_three_classes(tmp_path: Path):
+    code = (ROOT / "main.py").read_text()
+    for old, [_, new, *_] in cells("in `main.py`").items():
+        assert code.count(old.strip("`")) == 1
+        code = code.replace(old.strip("`"), new.replace("(…)", "(data_dir, batch_size, seed, False)"))
+    code = code.replace("\ndef main(", f"{COLORED}\n\ndef main(", 1).replace("import MNISTD", "import TensorBatches, MNISTD")
+    (tmp_path / "main.py").write_text(code.replace("from pathlib", "import torch.nn.functional as F\nfrom pathlib", 1))
+    for options in (["--fast_dev_run", "true"], ["--max_epochs", "2", "--batch_size", "32"]):
+        result = run_python(tmp_path, "main.py", "--data_dir", DATA, "--hidden_sizes", "[32]", *options)
+        assert result.returncode == 0, result.stderr
+    events = read_events(tmp_path / "logs/main/version_0")
+    assert set(events.Tags()["images"]) == {"confusion/test", "mistakes/test"}
+    accuracy = float(re.search(r"test accuracy +([\d.]+)%", result.stdout)[1]) / 100
+    assert accuracy == pytest.approx(events.Scalars("accuracy/test")[0].value, abs=1e-4)
+    assert accuracy > 0.8
 
 
 # The mistakes
