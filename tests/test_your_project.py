@@ -165,7 +165,7 @@ def test_starter_goes_on_with_all_that_people_change_first(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     code, rows = STARTER.read_text(), cells("to change")
-    buffer, _, weighted = rows["a class that is rare"][:3]
+    buffer, _, weighted = rows["the weights of classes"][:3]
     for old, new in (
         ("self.save_hyperparameters()", f"self.save_hyperparameters(); {buffer} #"),
         ("cross_entropy(logits, labels)", weighted),
@@ -271,7 +271,7 @@ def test_images_in_memory_are_the_same(run_block: Callable, folder: Path):
     names, printed = run_block("Images that fit into memory")
     shown = re.search(r"```text\n(files .+?)```", PAGE, re.DOTALL)[1]
     assert without_numbers(shown).startswith(without_numbers(printed))  # then those of photographs; times differ
-    memory, files = names["ImagesInMemory"]("data"), names["ImageData"]("data", num_workers=0)
+    memory, files = names["ImagesInMemory"]("data"), names["ImageData"]("data", 64, num_workers=0)
     assert memory.train_set.classes == files.train_set.classes  # starter.py asks for them
     for ours, usual in zip(memory.val_dataloader(), files.val_dataloader(), strict=True):
         assert torch.equal(ours[0], usual[0])
@@ -383,13 +383,13 @@ def test_slurm_and_the_trainer_must_agree(monkeypatch: pytest.MonkeyPatch):
 
 def test_rows_that_are_deleted_leave_what_runs(tmp_path: Path):
     shutil.copytree(ROOT, tmp_path, ignore=shutil.ignore_patterns("*.gz", ".*"), dirs_exist_ok=True)
-    for row in cells("delete"):
+    for row in reversed(cells("delete")):  # from the bottom
         for path in (tmp_path / name for name in re.findall(r"`([^`]+)`", row)):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         for path in tmp_path.rglob("*.py"):
             for module in re.findall(r"^from ((?:common|docs|tests)\S*|initialization|sweep) ", path.read_text(), re.M):
                 assert list(tmp_path.glob(f"{module.replace('.', '/')}*")), f"{path} without {row}"
-        if row == "`common/__init__.py`":
+        if "sweep.py" in row:
             assert python(tmp_path, "main.py", "--fast_dev_run", "true", "--data_dir", DATA).returncode == 0
     assert {path.stem for path in tmp_path.rglob("*.py")} == {"data", "model", "classifier"}
     assert "1 passed" in python(tmp_path, "-m", "pytest", "--doctest-modules").stdout  # imports all three
@@ -627,12 +627,12 @@ def test_running_averages_lag_on_few_steps(folder: Path, monkeypatch: pytest.Mon
     monkeypatch.syspath_prepend(folder)
     from starter import ImageClassifier, ImageData
 
-    data, trainer = ImageData(folder / "data", batch_size=72, num_workers=0), pl.Trainer(max_epochs=6, **QUIET)
-    classifier = ImageClassifier(data.train_set.classes, learning_rate=1e-2)
+    data, trainer = ImageData(folder / "data", batch_size=72, num_workers=0), pl.Trainer(max_epochs=5, **QUIET)
+    classifier = ImageClassifier(data.train_set.classes, learning_rate=0.03)
     trainer.fit(classifier, data)
     lagging = trainer.callback_metrics["loss/val"].item()
     torch.optim.swa_utils.update_bn(data.train_dataloader(), classifier)
-    assert lagging > 1.3 * trainer.validate(classifier, data, verbose=False)[0]["loss/val"]
+    assert lagging > 1.5 * trainer.validate(classifier, data, verbose=False)[0]["loss/val"]
 
 
 def test_metric_takes_logits_for_probabilities():
