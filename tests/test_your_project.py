@@ -415,6 +415,7 @@ def test_clone_learns_colored_images_of_three_classes(tmp_path: Path):
     for options in (["--fast_dev_run", "true"], ["--max_epochs", "2", "--batch_size", "32"]):
         result = run_python(tmp_path, "main.py", "--data_dir", DATA, "--hidden_sizes", "[32]", *options)
         assert result.returncode == 0, result.stderr
+        assert "Clipping" not in result.stderr  # what matplotlib says of colors beyond 0 to 1
     events = read_events(tmp_path / "logs/main/version_0")
     assert set(events.Tags()["images"]) == {"confusion/test", "mistakes/test"}
     assert float(re.search(r"test accuracy +([\d.]+)%", result.stdout)[1]) > 80
