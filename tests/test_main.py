@@ -47,9 +47,7 @@ def test_every_option_reaches_what_it_names(call, monkeypatch: pytest.MonkeyPatc
     data = {"batch_size": 100, "seed": 7, "augment": False}
     trainer = {"precision": "64-true", "gradient_clip_val": 0.5, "accumulate_grad_batches": 2, "fast_dev_run": 3}
     options = model | module | data | trainer | {"patience": 2, "profiler": "simple", "accelerator": "cpu"}
-    result = call(
-        main, *chain(*((f"--{name}", value) for name, value in options.items())), "--matmul_precision", "high"
-    )
+    result = call(main, *chain(*((f"--{name}", value) for name, value in options.items())), "--matmul_precision", "high")
     assert result.returncode == 0, result.stderr
     assert torch.get_float32_matmul_precision() == "high"
     [seen] = trainers

@@ -192,9 +192,10 @@ def test_starter_goes_on_with_all_that_people_change_first(
 
 def test_training_images_alone_are_changed_at_random(folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(folder)
-    from starter import SIZE, ImageData
+    from starter import AUGMENTED, SIZE, ImageData
 
     data = ImageData(folder / "data")
+    assert data.train_set.transform is AUGMENTED
     for images, same in ((data.train_set, False), (data.val_set, True), (data.test_set, True)):
         image, label = pickle.loads(pickle.dumps(images))[0]  # what Windows and Mac do for worker processes
         assert torch.equal(image, images[0][0]) == same
