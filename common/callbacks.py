@@ -64,11 +64,8 @@ class TestPicturesCallback(pl.Callback):
         self.mistakes: list[tuple[Tensor, ...]] = []  # of each batch the worst images, y, y_pred, losses
         self.num_mistakes = num_mistakes
 
-    def setup(self, trainer, pl_module, stage: str) -> None:
-        self.confusion.to(trainer.strategy.root_device)
-
     def on_test_epoch_start(self, trainer, pl_module) -> None:
-        self.confusion.reset()
+        self.confusion.to(trainer.strategy.root_device).reset()
         self.mistakes.clear()
 
     def on_test_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
@@ -85,6 +82,8 @@ class TestPicturesCallback(pl.Callback):
         mistakes = [torch.cat(parts) for parts in zip(*self.mistakes, strict=True)]
         if trainer.world_size > 1:  # trainer.strategy.all_gather wants as many rows from each process, and they differ
             mistakes = [torch.cat(gather_all_tensors(part)) for part in mistakes]
+        low, high = mistakes[0].aminmax()  # matplotlib wants colors from 0 to 1, and last
+        mistakes[0] = ((mistakes[0] - low) / (high - low)).movedim(1, -1)
         if trainer.is_global_zero and hasattr(getattr(trainer.logger, "experiment", None), "add_figure"):
             for name, figure in {
                 "confusion/test": self.confusion.plot(confusion.cpu())[0],

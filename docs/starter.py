@@ -7,10 +7,12 @@ python starter.py --data_dir data --max_epochs 20 --ckpt_path lightning_logs/ver
 """
 
 import argparse
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
+from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
@@ -25,8 +27,17 @@ PLAIN = v2.Compose([v2.Resize(SIZE), v2.CenterCrop(SIZE), *TO_TENSOR])
 AUGMENTED = v2.Compose([v2.RandomResizedCrop(SIZE, scale=(0.5, 1.0)), v2.RandomHorizontalFlip(), *TO_TENSOR])
 
 
+def fault(path):
+    try:
+        with Image.open(path) as image:
+            image.load()  # all of it: the beginning may be whole
+            return f"{path}: its 16 bits would turn white" if image.mode.startswith("I") else None
+    except Exception as error:  # PIL raises nearly any
+        return f"{path}: {error}"
+
+
 class ImageData(pl.LightningDataModule):
-    def __init__(self, data_dir, batch_size=64, num_workers=2):
+    def __init__(self, data_dir, batch_size=32, num_workers=2):
         super().__init__()
         self.loading = {"batch_size": batch_size, "num_workers": num_workers, "persistent_workers": num_workers > 0}
         # Here and not in `setup`: it only lists the files, and the module needs to know the classes.
@@ -101,6 +112,9 @@ if __name__ == "__main__":  # worker processes import this file
     torch.set_float32_matmul_precision("medium")  # GPUs with Tensor Cores multiply faster, and some CPUs do
     try:
         data = ImageData(args.data_dir)
+        paths = [path for images in (data.train_set, data.val_set, data.test_set) for path, _ in images.samples]
+        if faults := list(filter(None, ThreadPoolExecutor().map(fault, paths))):
+            parser.error("; ".join(faults))
         # A resumed run goes on in its folder version_N, where its best epoch is.
         version = Path(args.ckpt_path).resolve(strict=True).parent.parent.name if args.ckpt_path else None
     except FileNotFoundError as error:
@@ -111,4 +125,5 @@ if __name__ == "__main__":  # worker processes import this file
     trainer = pl.Trainer(max_epochs=args.max_epochs, devices=args.devices, logger=logger, callbacks=[best, newest])
     classifier = ImageClassifier(data.train_set.classes)
     trainer.fit(classifier, data, ckpt_path=args.ckpt_path, weights_only=True)
-    trainer.test(classifier, data, ckpt_path=best.best_model_path, weights_only=True)
+    classifier = ImageClassifier.load_from_checkpoint(best.best_model_path, weights_only=True)
+    trainer.test(classifier, data)  # with ckpt_path instead, EMAWeightAveraging would put back the raw weights

@@ -4,6 +4,7 @@ import logging
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -98,7 +99,7 @@ def test_metrics_and_pictures_are_those_of_all_test_images_at_once(
     assert titles(figures["mistakes/test"]) == [f"true {y[i]}, predicted {predicted[i]}" for i in worst]
     assert figures["mistakes/test"].get_suptitle().startswith(f"25 of {(predicted != y).sum()} mistakes")
     for axis, i in zip(figures["mistakes/test"].axes, worst, strict=True):
-        assert (axis.images[0].get_array() == images[i, 0].numpy()).all()
+        assert np.corrcoef(axis.images[0].get_array().ravel(), images[i, 0].numpy().ravel())[0, 1] > 0.999
 
 
 class GivenLogits(pl.LightningModule):

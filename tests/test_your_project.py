@@ -7,6 +7,7 @@ import math
 import pickle
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,18 +18,19 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from pytorch_lightning.callbacks import LearningRateMonitor
 from pytorch_lightning.loggers import CSVLogger
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
-from torchmetrics.functional.classification import multiclass_f1_score
+from torchmetrics.functional.classification import binary_f1_score, multiclass_f1_score
 from torchvision.datasets import MNIST
 from torchvision.models import ResNet18_Weights
 
 from common.data import MEAN, STD, MNISTDataModule
 from common.model import MLP
-from tests.conftest import DATA, QUIET, ROOT, assert_one_line_error, read_events
+from tests.conftest import DATA, QUIET, ROOT, assert_one_line_error, read_events, run_python
 
 STARTER = ROOT / "docs/starter.py"
 PAGE = (ROOT / "docs/your_project.md").read_text()
@@ -50,15 +52,21 @@ def write_images(folder: Path) -> None:
         for split, count in {"train": 24, "val": 12, "test": 12}.items():
             (folder / split / name).mkdir(parents=True)
             for number in range(count):
-                mnist[next(indices)][0].save(folder / split / name / f"{number}.png")
+                image = mnist[next(indices)][0].convert("L" if number else "RGBA")
+                image.save(folder / split / name / f"{number}.png")
 
 
 def write_table(path: Path) -> None:
     draw = np.random.default_rng(0)
     area, rooms, age = draw.uniform(30, 200, 600), draw.integers(1, 8, 600), draw.uniform(0, 90, 600)
     price = 2500 * area + 8000 * rooms - 900 * age + draw.normal(0, 10_000, 600)
-    table = np.column_stack([area, rooms, age, price])
-    np.savetxt(path, table, delimiter=",", fmt="%.0f", header="area,rooms,age,price", comments="")
+    house = draw.random(600) < 0.4
+    lines = ["area,rooms,kind,age,tax,price"]
+    for i, (size, count, years, cost) in enumerate(zip(area, rooms, age, price + 50_000 * house, strict=True)):
+        kind = "" if i % 20 == 3 else "house" if house[i] else "flat"
+        years = ["nan", "NA", "", *6 * [f"{years:.0f}"]][i % 9]
+        lines.append(f"{size:.0f},{count},{kind},{years},0.1,{cost if i % 50 else 'nan'}")
+    path.write_text("\n".join([*lines, "100,3,castle,800,0.1,900000", ""]))
 
 
 def python(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
@@ -102,36 +110,13 @@ def run_block(
 # The file
 
 
-def saved(folder: Path, name: str) -> dict:
-    return torch.load(folder / CHECKPOINTS / name, weights_only=True)
-
-
-def test_starter_keeps_the_best_epoch_and_the_newest_and_goes_on_from_it(folder: Path):
-    assert {path.name for path in (folder / CHECKPOINTS).iterdir()} == {"best.ckpt", "newest.ckpt"}
-    assert saved(folder, "newest.ckpt")["epoch"] == 1
-    before = saved(folder, "best.ckpt")
-    options = ("--max_epochs", "3", "--ckpt_path", str(CHECKPOINTS / "newest.ckpt"))
-    result = python(folder, "starter.py", *options)
-    assert result.returncode == 0, result.stderr
-    assert "accuracy/test" in result.stdout
-    assert [path.name for path in (folder / "lightning_logs").iterdir()] == ["version_0"]
-    assert {path.name for path in (folder / CHECKPOINTS).iterdir()} == {"best.ckpt", "newest.ckpt"}
-    assert saved(folder, "newest.ckpt")["epoch"] == 2
-    # One curve of all three epochs, whose highest point is the best checkpoint, whichever of the two runs saved it.
-    curve = [event.value for event in read_events(folder / "lightning_logs/version_0").Scalars("accuracy/val")]
-    assert len(curve) == 3
-    best = saved(folder, "best.ckpt")
-    assert best["epoch"] == curve.index(max(curve))
-    assert before["epoch"] == curve.index(max(curve[:2]))
-    assert best["hyper_parameters"]["classes"] == ["one", "seven", "zero"]
-
-
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         (["--data_dir", "nowhere"], ["No such file or directory", "nowhere"]),
         (["--data_dir", "data/val"], ["No such file or directory", "train"]),
         (["--data_dir", "incomplete"], ["val has ['one'], train has ['one', 'seven', 'zero']"]),
+        (["--data_dir", "broken"], ["broken/train/one/1.png: ", "broken/test/zero/2.png: its 16 bits"]),
         (["--ckpt_path", "nothing.ckpt"], ["No such file or directory", "nothing.ckpt"]),
         (["--max_epochs", "ten"], ["invalid int value: 'ten'"]),
     ],
@@ -144,6 +129,9 @@ def test_starter_says_in_one_line_what_is_wrong(
     capsys: pytest.CaptureFixture,
 ):
     if not (folder / "incomplete").exists():
+        shutil.copytree(folder / "data", folder / "broken")
+        (folder / "broken/train/one/1.png").write_bytes((folder / "data/train/one/1.png").read_bytes()[:-40])
+        Image.fromarray(np.full((9, 9), 400, np.uint16)).save(folder / "broken/test/zero/2.png")
         (folder / "incomplete/val/one").mkdir(parents=True)
         (folder / "incomplete/val/one/0.png").write_bytes((folder / "data/val/one/0.png").read_bytes())
         for split in ("train", "test"):
@@ -155,16 +143,48 @@ def test_starter_says_in_one_line_what_is_wrong(
     assert_one_line_error(subprocess.CompletedProcess(options, ended.value.code, *capsys.readouterr()), *words)
 
 
-def test_worker_processes_of_any_system_can_read_the_images(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    """Windows and Mac pickle the dataset for them."""
-    monkeypatch.syspath_prepend(folder)
-    import starter
+def cells(first: str) -> dict[str, list[str]]:
+    """Of the table whose header begins with that word, the code in each row by the row's first cell."""
+    rows = re.search(rf"^\| {first} \|.+\n\|.+\n((?:\|.+\n)+)", PAGE, re.MULTILINE)[1]
+    return {row.split(" | ")[0].strip("| "): re.findall(r"`([^`]+)`", row) for row in rows.splitlines()}
 
-    data = starter.ImageData(folder / "data")
-    image, label = pickle.loads(pickle.dumps(data.val_set))[0]
-    assert torch.equal(image, data.val_set[0][0])
-    assert label == 0
-    assert image.shape == (3, starter.SIZE, starter.SIZE)
+
+def test_starter_goes_on_with_all_that_people_change_first(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    code, rows = STARTER.read_text(), cells("to change")
+    buffer, _, weighted = rows["the weights of classes"][:3]
+    for old, new in (
+        ("self.save_hyperparameters()", f"self.save_hyperparameters(); {buffer} #"),
+        ("cross_entropy(logits, labels)", weighted),
+        ("callbacks=[best, newest])", f"callbacks=[best, newest, {rows['an average of the weights (EMA)'][0]}])"),
+        ("logger=logger,", f"{rows['another logger beside'][0]}, {rows['to shorten long gradients'][0]},"),
+    ):
+        assert old in code
+        code = code.replace(old, new)
+    (tmp_path / "starter.py").write_text(code)
+    (tmp_path / "data").symlink_to(folder / "data")
+    monkeypatch.chdir(tmp_path)
+    for options in (["--max_epochs", "2"], ["--max_epochs", "3", "--ckpt_path", f"{CHECKPOINTS}/newest.ckpt"]):
+        monkeypatch.setattr(sys, "argv", ["starter.py", *options])
+        names = runpy.run_path("starter.py", run_name="__main__")
+        assert {path.name for path in CHECKPOINTS.iterdir()} == {"best.ckpt", "newest.ckpt"}
+    assert len(list(Path("lightning_logs").iterdir())) == 1
+    tables = [path.read_text() for path in Path("csv").rglob("metrics.csv")]
+    assert sorted(table.count("\n") for table in tables) == [4, 6]  # a header, and three lines an epoch
+    # One curve of all three epochs, whose highest point is the best checkpoint, whichever of the two runs saved it.
+    curve = [event.value for event in read_events(CHECKPOINTS.parent).Scalars("accuracy/val")]
+    state = torch.load(CHECKPOINTS / "best.ckpt", weights_only=True)
+    assert (len(curve), state["epoch"]) == (3, curve.index(max(curve)))
+    assert state["hyper_parameters"]["classes"] == ["one", "seven", "zero"]
+    assert state["state_dict"]["weights"].tolist() == [1, 1, 5]
+    assert names["trainer"].gradient_clip_val == 1
+    # What was tested is what was saved and validated: the average.
+    classifier, name = names["classifier"].cpu(), "model.0.0.weight"
+    assert torch.equal(classifier.state_dict()[name], state["state_dict"][name])
+    assert not torch.equal(state["state_dict"][name], state["current_model_state"][name])
+    [val] = pl.Trainer(**QUIET).validate(classifier, names["data"], verbose=False)
+    assert val["accuracy/val"] == pytest.approx(max(curve))
 
 
 # The page's blocks
@@ -172,13 +192,14 @@ def test_worker_processes_of_any_system_can_read_the_images(folder: Path, monkey
 
 def test_training_images_alone_are_changed_at_random(folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(folder)
-    from starter import AUGMENTED, PLAIN, ImageData
+    from starter import AUGMENTED, SIZE, ImageData
 
     data = ImageData(folder / "data")
     assert data.train_set.transform is AUGMENTED
-    assert data.val_set.transform is data.test_set.transform is PLAIN
-    assert not torch.equal(data.train_set[0][0], data.train_set[0][0])
-    assert torch.equal(data.val_set[0][0], data.val_set[0][0])
+    for images, same in ((data.train_set, False), (data.val_set, True), (data.test_set, True)):
+        image, label = pickle.loads(pickle.dumps(images))[0]  # what Windows and Mac do for worker processes
+        assert torch.equal(image, images[0][0]) == same
+        assert (image.shape, label) == ((3, SIZE, SIZE), 0)
 
 
 def test_images_are_split(run_block: Callable, folder: Path):
@@ -193,6 +214,14 @@ def test_images_are_split(run_block: Callable, folder: Path):
         assert counts == {"zero": count, "one": count, "seven": count}
     copied = {path.read_bytes() for path in (folder / "split").glob("*/*/*")}
     assert copied == {path.read_bytes() for path in (folder / "images").glob("*/*")}
+    with pytest.raises(FileExistsError, match="split"):  # a second draw would mix training and test
+        run_block("Start with one file", ('"data"', '"split"'))
+    for number in range(2):
+        (folder / "images/few").mkdir(exist_ok=True)
+        (folder / f"images/few/{number}.png").write_bytes(b"")
+    with pytest.raises(SystemExit, match="three images: few"):
+        run_block("Start with one file", ('"data"', '"again"'))
+    assert not (folder / "again").exists()
 
 
 def test_prediction_has_names(run_block: Callable):
@@ -202,17 +231,23 @@ def test_prediction_has_names(run_block: Callable):
     assert re.search(r"0\.png (zero|one|seven) \d+%", printed)
 
 
-def test_table_is_learned_in_its_own_units(run_block: Callable, folder: Path):
+def test_table_with_gaps_is_learned_in_its_own_units(run_block: Callable):
     names, printed = run_block("A table")
+    assert "tax: 0 missing, and always the same: not used\n" in printed
+    assert "kind castle: 0 missing, and always the same: not used\n" in printed
+    assert re.search(r"^age: [1-9]\d+ missing$", printed, re.MULTILINE)
+    train, test = (names["data"].train_dataloader().dataset.tensors, names["data"].test_dataloader().dataset.tensors)
+    assert (len(train[1]), len(test[1])) == (471, 59)  # 80 and 10 % of those that have a price
     assert names["test"]["r2/test"] > 0.8
-    rows = np.loadtxt(folder / "houses.csv", delimiter=",", skiprows=1)
-    train = torch.column_stack(names["data"].train_set.tensors)
-    assert len(train) == 0.8 * len(rows)
-    assert names["regressor"].hparams.mean == pytest.approx(train.mean(dim=0).tolist())
-    always_the_mean = np.abs(rows[:, -1] - rows[:, -1].mean()).mean()
-    assert names["test"]["mae/test"] < 0.5 * always_the_mean
-    # 2500 × 120 + 8000 × 4 - 900 × 30
-    assert float(re.search(r"\[(\d+)", printed)[1]) == pytest.approx(305_000, rel=0.3)
+    # The checkpoint gives what was tested; the mean stands for what is missing, and the constant column for nothing.
+    regressor = names["regressor"]
+    with torch.no_grad():
+        assert (regressor(test[0]) - test[1]).abs().mean().item() == pytest.approx(names["test"]["mae/test"], rel=1e-4)
+        mean = train[0].nanmean(dim=0)[5].item()
+        rows = [names["house"] | change for change in ({}, {"age": str(mean)}, {"age": "NaN", "tax": "7"})]
+        same = regressor(names["encode"](rows, regressor.hparams.columns))
+    assert same.tolist() == pytest.approx(3 * [same[0].item()], rel=1e-4)
+    assert same[0].item() == pytest.approx(2500 * 120 + 8000 * 4 - 900 * mean, rel=0.2)
 
 
 def without_numbers(text: str) -> str:
@@ -223,7 +258,7 @@ def test_images_in_memory_are_the_same(run_block: Callable, folder: Path):
     names, printed = run_block("Images that fit into memory")
     shown = re.search(r"```text\n(files .+?)```", PAGE, re.DOTALL)[1]
     assert without_numbers(shown).startswith(without_numbers(printed))  # then those of photographs; times differ
-    memory, files = names["ImagesInMemory"]("data"), names["ImageData"]("data", num_workers=0)
+    memory, files = names["ImagesInMemory"]("data"), names["ImageData"]("data", 64, num_workers=0)
     assert memory.train_set.classes == files.train_set.classes  # starter.py asks for them
     for ours, usual in zip(memory.val_dataloader(), files.val_dataloader(), strict=True):
         assert torch.equal(ours[0], usual[0])
@@ -322,6 +357,49 @@ def test_who_starts_the_processes_and_that_the_trainer_must_agree(monkeypatch: p
     for wrong in ({"num_nodes": 2, "devices": 1}, {"num_nodes": 1, "devices": 4}) if started else ():
         with pytest.raises(ValueError, match="does not match"):
             pl.Trainer(**wrong, strategy="ddp", **QUIET).fit(Digits(), [])
+
+
+# The clone
+
+
+def test_rows_that_are_deleted_leave_what_runs(tmp_path: Path):
+    shutil.copytree(ROOT, tmp_path, ignore=shutil.ignore_patterns("*.gz", ".*"), dirs_exist_ok=True)
+    for row in reversed(cells("delete")):  # from the bottom
+        for path in (tmp_path / name for name in re.findall(r"`([^`]+)`", row)):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path in tmp_path.rglob("*.py"):
+            for module in re.findall(r"^from ((?:common|docs|tests)\S*|initialization|sweep) ", path.read_text(), re.M):
+                assert list(tmp_path.glob(f"{module.replace('.', '/')}*")), f"{path} without {row}"
+        if "sweep.py" in row:
+            assert python(tmp_path, "main.py", "--fast_dev_run", "true", "--data_dir", DATA).returncode == 0
+    assert {path.stem for path in tmp_path.rglob("*.py")} == {"data", "model", "classifier"}
+    assert "1 passed" in python(tmp_path, "-m", "pytest", "--doctest-modules").stdout  # imports all three
+
+
+COLORED = """
+import torch.nn.functional as F
+from common.data import TensorBatches
+class YourDataModule(MNISTDataModule):
+    def setup(self, stage):
+        images, labels = self._load("t10k", 10_000)
+        images = F.interpolate(images[labels < 3], size=32) * torch.tensor([1.0, 0.5, -1.0]).view(3, 1, 1)
+        self.train_set = self.val_set = self.test_set = TensorBatches(images[:300], labels[labels < 3][:300])
+"""
+
+
+def test_clone_learns_colored_images_of_three_classes(tmp_path: Path):
+    code = (ROOT / "main.py").read_text().replace("\ndef main", f"{COLORED}\ndef main", 1)
+    for old, [_, new, *_] in cells("in `main.py`").items():
+        assert code.count(old.strip("`")) == 1
+        code = code.replace(old.strip("`"), new.replace("(…)", "(data_dir, batch_size, seed, False)"))
+    (tmp_path / "main.py").write_text(code)
+    for options in (["--fast_dev_run", "true"], ["--max_epochs", "2", "--batch_size", "32"]):
+        result = run_python(tmp_path, "main.py", "--data_dir", DATA, "--hidden_sizes", "[32]", *options)
+        assert result.returncode == 0, result.stderr
+        assert "Clipping" not in result.stderr  # what matplotlib says of colors beyond 0 to 1
+    events = read_events(tmp_path / "logs/main/version_0")
+    assert set(events.Tags()["images"]) == {"confusion/test", "mistakes/test"}
+    assert float(re.search(r"test accuracy +([\d.]+)%", result.stdout)[1]) > 80
 
 
 # The mistakes
@@ -499,32 +577,50 @@ class WithF1(Digits):
         self.log("f1/val", self.f1)
 
 
-class MeanOverBatches(WithF1):
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self.log("f1/val", multiclass_f1_score(self.model(batch[0]), batch[1], 10, average="macro"))
-
-
-class LastBatch(WithF1):
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self.last = multiclass_f1_score(self.model(batch[0]), batch[1], 10, average="macro")
-
-    def on_validation_epoch_end(self) -> None:
-        self.log("f1/val", self.last)
-
-
 def test_metric_depends_on_the_batches(digits: dict):
-    trained = WithF1()
-    fit(trained, digits["train"], digits["val"], 3)
+    module = WithF1()
+    fit(module, digits["train"], digits["val"], 3)
+    small, whole = (
+        pl.Trainer(**QUIET).validate(module, loader(digits["val"], size), verbose=False)[0]["f1/val"]
+        for size in (50, 1000)
+    )
+    assert small == pytest.approx(whole, abs=1e-6)
+    batches = loader(digits["val"], 50)
+    with torch.no_grad():
+        of_each = torch.stack([multiclass_f1_score(module.model(x), y, 10, average="macro") for x, y in batches])
+    assert abs(of_each.mean() - whole) > 0.005
+    assert abs(of_each[-1] - whole) > 0.001
+    # Logits between 0 and 1 pass for probabilities.
+    logits, ones = torch.full((8,), 0.3), torch.ones(8, dtype=torch.long)
+    assert [binary_f1_score(values, ones) for values in (logits, logits.sigmoid())] == [0, 1]
 
-    def f1(module: type[WithF1], batch_size: int) -> float:
-        other = module()
-        other.load_state_dict(trained.state_dict())
-        [metrics] = pl.Trainer(**QUIET).validate(other, loader(digits["val"], batch_size), verbose=False)
-        return metrics["f1/val"]
 
-    assert f1(WithF1, 50) == pytest.approx(f1(WithF1, 1000), abs=1e-6)
-    assert abs(f1(MeanOverBatches, 50) - f1(MeanOverBatches, 1000)) > 0.005
-    assert abs(f1(LastBatch, 50) - f1(LastBatch, 1000)) > 0.001
+def test_running_averages_lag_on_few_steps(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(folder)
+    from starter import ImageClassifier, ImageData
+
+    data, trainer = ImageData(folder / "data", batch_size=72, num_workers=0), pl.Trainer(max_epochs=5, **QUIET)
+    classifier = ImageClassifier(data.train_set.classes, learning_rate=0.03)
+    trainer.fit(classifier, data)
+    lagging = trainer.callback_metrics["loss/val"].item()
+    torch.optim.swa_utils.update_bn(data.train_dataloader(), classifier)
+    assert lagging > 1.5 * trainer.validate(classifier, data, verbose=False)[0]["loss/val"]
+
+
+def test_cosine_beyond_its_total_rises_again(digits: dict, tmp_path: Path):
+    class Cosine(Digits):
+        def configure_optimizers(self) -> tuple:
+            optimizer = super().configure_optimizers()
+            return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.trainer.max_epochs)]
+
+    path, rates = None, []
+    for epochs in (4, 8):
+        trainer = pl.Trainer(max_epochs=epochs, enable_checkpointing=False, **QUIET)
+        trainer.fit(Cosine(), loader(digits["train"], 500), ckpt_path=path, weights_only=True)
+        rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+        path = tmp_path / "newest.ckpt"
+        trainer.save_checkpoint(path, weights_only=False)
+    assert rates == pytest.approx([0, 1e-2], abs=1e-6)
 
 
 def test_same_images_in_training_and_validation(digits: dict, folder: Path, run_block: Callable):
