@@ -276,7 +276,7 @@ DEFAULT = ("docs/speed.md", "`medium`, the default")  # the row of main.py as it
 @pytest.mark.parametrize(
     ("page", "sentence", "table", "row"),
     [
-        ("README.md", r"is ([\d.]+) % on average, with a standard deviation of ([\d.]+)", *DEFAULT),
+        ("README.md", r"Over five seeds that is ([\d.]+) % ± ([\d.]+)", *DEFAULT),
         ("docs/initialization.md", r"`xavier_normal` reaches ([\d.]+) %", "docs/initialization.md", "xavier_normal"),
         ("docs/initialization.md", r"takes away, and reaches ([\d.]+) %", "docs/initialization.md", "kaiming_normal"),
         ("docs/initialization.md", r"stays at ([\d.]+) %: it answers", "docs/initialization.md", "pytorch_default"),
