@@ -88,9 +88,11 @@ def test(study, args):
     trainers = [train(args, study.best_params, seed, f"seed_{seed}") for seed in (1, 2, 3)]
     print(study.best_params, f"accuracy/val {study.best_value:.3f} in the search")
     for trainer in trainers:
-        [tested] = trainer.test(datamodule=trainer.datamodule, ckpt_path="best", weights_only=True, verbose=False)
-        val = trainer.checkpoint_callback.best_model_score
-        print(f"{trainer.log_dir}: accuracy/val {val:.3f}, accuracy/test {tested['accuracy/test']:.3f}")
+        best = trainer.checkpoint_callback
+        classifier = ImageClassifier.load_from_checkpoint(best.best_model_path, weights_only=True)
+        [tested] = trainer.test(classifier, trainer.datamodule, verbose=False)
+        val, accuracy = best.best_model_score, tested["accuracy/test"]
+        print(f"{trainer.log_dir}: accuracy/val {val:.3f}, accuracy/test {accuracy:.3f}")
 
 
 if __name__ == "__main__":
