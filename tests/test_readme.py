@@ -277,6 +277,7 @@ DEFAULT = ("docs/speed.md", "`medium`, the default")  # the row of main.py as it
     ("page", "sentence", "table", "row"),
     [
         ("README.md", r"Over five seeds that is ([\d.]+) % ± ([\d.]+)", *DEFAULT),
+        ("docs/speed.md", r"products alone are ([\d.]+) of a step", "docs/speed.md", "its matrix products alone"),
         ("docs/initialization.md", r"`xavier_normal` reaches ([\d.]+) %", "docs/initialization.md", "xavier_normal"),
         ("docs/initialization.md", r"takes away, and reaches ([\d.]+) %", "docs/initialization.md", "kaiming_normal"),
         ("docs/initialization.md", r"stays at ([\d.]+) %: it answers", "docs/initialization.md", "pytorch_default"),
@@ -296,10 +297,12 @@ def test_figure_of_a_sentence_stands_in_its_table(page: str, sentence: str, tabl
 @pytest.mark.parametrize(
     ("page", "sentence", "column", "row", "base"),
     [
-        ("speed", r"adds ([\d.]+) ms", 2, "callbacks, logger and bar", "bare PyTorch loop, augmented"),
+        ("speed", r"adds ([\d.]+) ms", 2, "`medium` matrix products: `main.py` | 1", "bare PyTorch loop, augmented"),
         ("speed", r"hooks take ([\d.]+) of", 2, "Lightning with", "bare PyTorch loop, augmented"),
-        ("speed", r"they bring ([\d.]+) points", 2, "one-cycle schedule", "usual example, batches of 512 | 9"),
-        ("speed", r"augmentation brings ([\d.]+) points", 2, "augmentation on the device | 9", "images as tensors | 9"),
+        ("speed", r"They bring ([\d.]+) points", 6, "one-cycle schedule", "batches of 512"),
+        ("speed", r"augmentation brings ([\d.]+) points", 6, "augmentation on the device | `", "images as tensors | `"),
+        ("speed", r"epochs\*\* bring ([\d.]+) points", 6, "26 epochs", "`medium` matrix products: `main.py` | `"),
+        ("speed", r"normalization\*\* ([\d.]+) more", 6, "batch normalization", "26 epochs"),
         ("tuning", r"costs random search ([\d.]+) points", 4, "random | 1", "random, pruned"),
         ("tuning", r"best five are better by ([\d.]+) points", 4, "True", "False"),
         ("tuning", r"seed 1 is ahead by ([\d.]+) points", 5, "winner of seed 1", "defaults"),
