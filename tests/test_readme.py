@@ -145,7 +145,7 @@ def test_files_of_the_parts_run_one_after_the_other_in_an_empty_folder(tmp_path:
     assert 85 < float(re.search(r"test accuracy ([\d.]+)%", printed["digits_train.py"])[1]) < 99
 
 
-@pytest.mark.parametrize("block", [block for block in PYTHON if not block["mark"]], ids=by_line)
+@pytest.mark.parametrize("block", PYTHON, ids=by_line)
 def test_python_block_runs(
     block: dict, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
@@ -160,11 +160,6 @@ def test_python_block_runs(
     exec(compile(block["text"], by_line(block), "exec"), {"__name__": "__main__"})
     if block["output"]:
         assert block["output"].strip() in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("block", [block for block in PYTHON if block["mark"]], ids=by_line)
-def test_marked_python_block_stands_in_its_file(block: dict):
-    assert block["text"] in (ROOT / block["mark"].removeprefix("from ")).read_text()
 
 
 @cache
