@@ -64,6 +64,7 @@ LEFT_OUT = {
     "starter.py": "tests/test_your_project.py runs it beside a folder of images",
     "tune.py": "tests/test_tasks.py runs it beside a folder of images",
     "docs/pictures.py": "needs the logs of whole runs",
+    "OMP_NUM_THREADS": "tests/test_sweep.py starts two at the same moment",
     "torchrun": "needs four GPUs or several machines",
     "--accelerator gpu": "needs a GPU",
     "--storage postgresql": "tests/test_sweep.py starts a server and runs it",

@@ -261,7 +261,8 @@ def test_interrupt_ends_the_search_with_the_results_so_far(done: int, tmp_path: 
     sweeping = start_script(tmp_path, "sweep.py", "--n_trials", 50, *SHORT)
     while True:
         with contextlib.suppress(KeyError, SQLAlchemyError):  # the study, or even its tables, are still to come
-            if len(finished(load(sqlite(tmp_path)))) >= done:
+            study = load(sqlite(tmp_path))
+            if len(finished(study)) >= done and any(trial.state == TrialState.RUNNING for trial in study.trials):
                 break
         assert sweeping.poll() is None, sweeping.stderr.read()
         time.sleep(0.2)

@@ -158,7 +158,7 @@ def test_starter_goes_on_with_all_that_people_change_first(
         ("self.save_hyperparameters()", f"self.save_hyperparameters(); {buffer} #"),
         ("cross_entropy(logits, labels)", weighted),
         ("callbacks=[best, newest])", f"callbacks=[best, newest, {rows['an average of the weights (EMA)'][0]}])"),
-        ("logger=logger,", f"{rows['another logger beside'][0]}, {rows['to shorten long gradients'][0]},"),
+        ("logger=logger,", f"{rows['another logger beside'][0]}, {rows['to limit the length of gradients'][0]},"),
     ):
         assert old in code
         code = code.replace(old, new)
