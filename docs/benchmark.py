@@ -453,7 +453,7 @@ def gpu() -> None:
         # The bar and the logger read numbers now and then, which waits. The last callback sees all others work.
         callbacks = [MetricsCallback(), GradientHistogramCallback(10**6), LossCurveCallback(), NoWaitCallback()]
         quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
-        pl.Trainer(max_epochs=1, callbacks=callbacks, **quiet).fit(Classifier(MLP()), MNISTDataModule())
+        pl.Trainer(max_epochs=1, devices=1, callbacks=callbacks, **quiet).fit(Classifier(MLP()), MNISTDataModule())
         print("no step of an epoch has waited for the GPU")
     data = MNISTDataModule()
     data.setup("fit")
