@@ -82,8 +82,6 @@ class TestPicturesCallback(pl.Callback):
         mistakes = [torch.cat(parts) for parts in zip(*self.mistakes, strict=True)]
         if trainer.world_size > 1:  # trainer.strategy.all_gather wants as many rows from each process, and they differ
             mistakes = [torch.cat(gather_all_tensors(part)) for part in mistakes]
-        low, high = mistakes[0].aminmax()  # matplotlib wants colors from 0 to 1, and last
-        mistakes[0] = ((mistakes[0] - low) / (high - low)).movedim(1, -1)
         if trainer.is_global_zero and hasattr(getattr(trainer.logger, "experiment", None), "add_figure"):
             for name, figure in {
                 "confusion/test": self.confusion.plot(confusion.cpu())[0],
@@ -95,6 +93,8 @@ class TestPicturesCallback(pl.Callback):
 
     def draw_mistakes(self, confusion: Tensor, images: Tensor, y: Tensor, y_pred: Tensor, losses: Tensor) -> Figure:
         worst = [i for i in losses.argsort(descending=True).tolist() if y[i] != y_pred[i]][: self.num_mistakes]
+        low, high = images.aminmax()  # matplotlib wants colors from 0 to 1, and last
+        images = ((images - low) / (high - low)).movedim(1, -1)
         figure, columns = plt.figure(), 5
         figure.suptitle(f"{len(worst)} of {confusion.sum() - confusion.trace()} mistakes, the worst by loss")
         for position, i in enumerate(worst, start=1):

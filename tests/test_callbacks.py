@@ -302,6 +302,8 @@ class MacTensor(torch.Tensor):
 def test_mean_and_std_take_their_double_precision_on_the_cpu(tmp_path: Path):
     large = 2.0**100
     values = torch.tensor([large, -large, 3 * large]).as_subclass(MacTensor)
+    with pytest.raises(TypeError, match="float64"):
+        values.double()
     recorder, trainer = ActivationHistogramCallback(), pl.Trainer(**QUIET | {"logger": TensorBoardLogger(tmp_path)})
     recorder._record(trainer, "activation", "layer", values)
     expected = {"activation_mean/layer": large, "activation_std/layer": (8 / 3) ** 0.5 * large}
