@@ -1,12 +1,14 @@
 """The README and every other page: code runs or stands in the repository, commands run, what is named is there."""
 
 import functools
+import os
 import re
 import shlex
 import subprocess
 import sys
 from collections.abc import Callable
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import optuna
@@ -45,6 +47,8 @@ PYTHON = [
 COMMANDS = [line for block in BLOCKS if block["language"] == "sh" for line in block["text"].splitlines()]
 PROSE = {page: re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL) for page, text in PAGES.items()}
 INLINE = [words for text in PROSE.values() for words in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", text)]
+# What some blocks need beside requirements.txt.
+FURTHER = [name.replace("-", "_") for name in re.findall(r"^[\w-]+", (ROOT / "docs/requirements.txt").read_text(), re.M)]
 # Started with these settings at the end, of which the last one of a name counts.
 SMALL = {
     "main.py": "--max_epochs 1 --hidden_sizes [32]",
@@ -151,6 +155,9 @@ def test_python_block_runs(
     block: dict, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
     monkeypatch.chdir(folder)
+    missing = [name for name in FURTHER if name in block["text"].lower() and not find_spec(name)]
+    if missing and "CI" not in os.environ:
+        pytest.skip(f"{missing} of docs/requirements.txt")
     if re.search(r"ddp_(fork|notebook)|num_workers=(?!0)", block["text"]):
         # On its own, as the reader would: where the tests have used a GPU, this process can no longer be forked, and
         # since Python 3.14 workers are not forked but import the program.
@@ -186,9 +193,13 @@ def test_every_other_option_named_exists():
     assert named <= set.union(*(options_of(script) for script in SMALL))
 
 
+def anchor_of(heading: str) -> str:
+    return re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-")
+
+
 def anchors(page: str) -> set[str]:
     headings = re.findall(r"^#+ (.+)$", PROSE[page], flags=re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
+    return set(map(anchor_of, headings))
 
 
 def test_files_named_exist():
@@ -224,6 +235,24 @@ def test_every_page_is_linked():
     readme, index = (set(re.findall(r"\]\(([\w/]+\.md)", PAGES[page])) for page in ("README.md", "docs/README.md"))
     assert {"docs/README.md", *(page for page in PAGES if not page.startswith("docs/"))} <= readme | {"README.md"}
     assert {path.name for path in (ROOT / "docs").glob("*.md")} == index | {"README.md"}
+
+
+def test_index_has_every_question_and_the_words_of_each_message():
+    messages, questions = PAGES["docs/README.md"].split("## Error messages")[1].split("## Questions")
+    sections = {page: re.split(r"^#{2,3} (.+)$", text, flags=re.MULTILINE)[1:] for page, text in PROSE.items()}
+    answers = {
+        f"{page.removeprefix('docs/')}#{anchor_of(heading)}": " ".join(f"{heading} {text}".split())
+        for page, parts in sections.items()
+        for heading, text in zip(parts[::2], parts[1::2], strict=True)
+    }
+    listed = re.findall(r"^- \[(.+)\]\((.+)\)$", messages, re.MULTILINE)
+    for message, link in listed:
+        assert all(part.strip() in answers[link] for part in message.split("…")), message
+    letters = [re.sub(r"[^a-z0-9 ]", "", message.lower()) for message, _ in listed]
+    assert letters == sorted(letters)
+    pages = {f"docs/{name}" for name in re.findall(r"^\*\*\[.+\]\((\w+\.md)\)\*\*$", questions, re.MULTILINE)}
+    headings = [heading for page in PAGES if page in pages for heading in re.findall(r"^### (.+)$", PROSE[page], re.M)]
+    assert sorted(text for text, _ in re.findall(r"^- \[(.+)\]\((.+)\)$", questions, re.M)) == sorted(headings)
 
 
 def test_classes_and_functions_named_exist():
