@@ -48,7 +48,9 @@ COMMANDS = [line for block in BLOCKS if block["language"] == "sh" for line in bl
 PROSE = {page: re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL) for page, text in PAGES.items()}
 INLINE = [words for text in PROSE.values() for words in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", text)]
 # What some blocks need beside requirements.txt.
-FURTHER = [name.replace("-", "_") for name in re.findall(r"^[\w-]+", (ROOT / "docs/requirements.txt").read_text(), re.M)]
+FURTHER = [
+    name.replace("-", "_") for name in re.findall(r"^[\w-]+", (ROOT / "docs/requirements.txt").read_text(), re.M)
+]
 # Started with these settings at the end, of which the last one of a name counts.
 SMALL = {
     "main.py": "--max_epochs 1 --hidden_sizes [32]",
