@@ -243,7 +243,7 @@ def test_index_has_every_question_and_the_words_of_each_message():
     messages, questions = PAGES["docs/README.md"].split("## Error messages")[1].split("## Questions")
     sections = {page: re.split(r"^#{2,3} (.+)$", text, flags=re.MULTILINE)[1:] for page, text in PROSE.items()}
     answers = {
-        f"{page.removeprefix('docs/')}#{anchor_of(heading)}": " ".join(f"{heading} {text}".split())
+        f"{os.path.relpath(page, 'docs')}#{anchor_of(heading)}": " ".join(f"{heading} {text}".split())
         for page, parts in sections.items()
         for heading, text in zip(parts[::2], parts[1::2], strict=True)
     }
