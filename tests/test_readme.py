@@ -257,6 +257,14 @@ def test_index_has_every_question_and_the_words_of_each_message():
     assert sorted(text for text, _ in re.findall(r"^- \[(.+)\]\((.+)\)$", questions, re.M)) == sorted(headings)
 
 
+def test_optunas_faq_is_answered():
+    """Each of the 24 questions in the documentation of Optuna 5.0 has a link, or a few words why it has none."""
+    faq = PAGES["docs/optuna_studies.md"].split("## Optuna's FAQ")[1]
+    rows = re.findall(r"^\| (.+\?.*) \| (.+) \|$", faq, re.MULTILINE)
+    assert len(dict(rows)) == len(rows) == 24
+    assert sum("](" not in answer for _, answer in rows) <= 4
+
+
 def test_classes_and_functions_named_exist():
     source = "\n".join(
         path.read_text() for path in [*ROOT.glob("*.py"), *ROOT.glob("common/**/*.py"), *ROOT.glob("tests/*.py")]
