@@ -160,7 +160,7 @@ def test_python_block_runs(
     missing = [name for name in FURTHER if name in block["text"].lower() and not find_spec(name)]
     if missing and "CI" not in os.environ:
         pytest.skip(f"{missing} of docs/requirements.txt")
-    if re.search(r"ddp_(fork|notebook)|num_workers=(?!0)", block["text"]):
+    if re.search(r"ddp_(fork|notebook)|num_workers=(?!0)|SIGUSR1", block["text"]):
         # On its own, as the reader would: where the tests have used a GPU, this process can no longer be forked, and
         # since Python 3.14 workers are not forked but import the program.
         (tmp_path / "block.py").write_text(block["text"])
