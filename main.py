@@ -130,6 +130,7 @@ def main(
         overfit_batches=overfit_batches,
         profiler=profiler,
         logger=logger,
+        default_root_dir=logger.log_dir,  # or under SLURM, a new run goes on from the working folder's hpc_ckpt_N.ckpt
         log_every_n_steps=20,
         callbacks=callbacks,
     )

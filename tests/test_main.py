@@ -39,6 +39,15 @@ def test_short_training_logs_what_the_readme_promises(script, tmp_path: Path):
     assert len(rates) >= 5
 
 
+def test_run_under_slurm_is_a_new_one(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Lightning goes on from any file of this name in the Trainer's folder."""
+    for name, value in {"JOB_ID": "1", "NTASKS": "1", "PROCID": "0", "LOCALID": "0"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    (tmp_path / "hpc_ckpt_1.ckpt").touch()
+    result = call(main, "--fast_dev_run", 1, "--accelerator", "cpu")
+    assert result.returncode == 0, result.stderr
+
+
 def test_every_option_reaches_what_it_names(call, monkeypatch: pytest.MonkeyPatch):
     trainers = []
     monkeypatch.setattr(MetricsCallback, "on_fit_start", lambda self, trainer, module: trainers.append(trainer))

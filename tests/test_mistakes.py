@@ -20,6 +20,7 @@ from common.data import MNISTDataModule
 from common.model import MLP
 from tests.conftest import DATA, ROOT
 
+INDEX = re.findall(r"^- \[(.+)\]\(", (ROOT / "docs/README.md").read_text(), re.MULTILINE)
 PAGES = " ".join(" ".join(path.read_text() for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]).split())
 
 
@@ -129,6 +130,7 @@ def metrics_left_on_the_cpu(folder: Path) -> None:
 )
 def test_mistake_says_what_the_readme_quotes(mistake: Callable[[Path], None], quoted: str, tmp_path: Path):
     assert f"*{quoted}*" in PAGES
+    assert any(all(part.strip() in quoted for part in message.split("…")) for message in INDEX)
     pattern = ".+".join(re.escape(part.strip()) for part in quoted.split("…"))
     with pytest.raises(Exception, match=f"(?s){pattern}"):
         mistake(tmp_path)
