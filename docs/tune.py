@@ -67,7 +67,8 @@ def test(study, data, args):
         best = trainer.checkpoint_callback
         classifier = ImageClassifier.load_from_checkpoint(best.best_model_path, weights_only=True)
         [tested] = trainer.test(classifier, data, verbose=False)
-        print(f"seed {seed}: accuracy/val {best.best_model_score:.3f}, accuracy/test {tested['accuracy/test']:.3f}")
+        val, accuracy = best.best_model_score, tested["accuracy/test"]
+        print(f"{trainer.log_dir}: accuracy/val {val:.3f}, accuracy/test {accuracy:.3f}")
 
 
 if __name__ == "__main__":
