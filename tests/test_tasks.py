@@ -15,6 +15,19 @@ from torchvision.utils import save_image
 from tests.conftest import DATA, ROOT, assert_one_line_error, finish, run_python, start
 from tests.test_your_project import write_images
 
+# They wait for each other at the start, and long where another one must not come in between: after it was looked which
+# tables there are, and after the trials were counted.
+WORKER = """
+import optuna, os, pathlib, runpy, sqlalchemy, starter, time
+sqlalchemy.event.listen(sqlalchemy.MetaData, "before_create", lambda *_, **options: time.sleep(1))
+ask = optuna.Study.ask
+optuna.Study.ask = lambda study: time.sleep(1) or ask(study)
+pathlib.Path(f"{os.getpid()}.ready").touch()
+while len(list(pathlib.Path().glob("*.ready"))) < 3:
+    time.sleep(0.001)
+runpy.run_path("tune.py", run_name="__main__")
+"""
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
@@ -25,7 +38,8 @@ def folder(tmp_path: Path) -> Path:
 
 def test_three_workers_share_a_search_that_starts_at_the_same_moment(folder: Path):
     write_images(folder / "data")
-    workers = [start(folder, "tune.py", "--n_trials", 4, "--max_epochs", 2) for _ in range(3)]
+    (folder / "worker.py").write_text(WORKER)
+    workers = [start(folder, "worker.py", "--n_trials", 4, "--max_epochs", 2) for _ in range(3)]
     for worker in map(finish, workers):
         assert worker.returncode == 0, worker.stderr
     study = optuna.load_study(study_name="starter", storage=f"sqlite:///{folder}/tune.db")
