@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
@@ -22,16 +22,16 @@ from torchvision.transforms import v2
 SIZE = 64  # images of any size are resized, and cut to squares of so many pixels
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of photographs: ImageNet's red, green and blue
 TO_TENSOR = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
-PLAIN = v2.Compose([v2.Resize(SIZE), v2.CenterCrop(SIZE), *TO_TENSOR])
+UPRIGHT = ImageOps.exif_transpose  # a phone only notes in the file how it was held
+PLAIN = v2.Compose([UPRIGHT, v2.Resize(SIZE), v2.CenterCrop(SIZE), *TO_TENSOR])
 # Not for text: the flip mirrors letters.
-AUGMENTED = v2.Compose([v2.RandomResizedCrop(SIZE, scale=(0.5, 1.0)), v2.RandomHorizontalFlip(), *TO_TENSOR])
+AUGMENTED = v2.Compose([UPRIGHT, v2.RandomResizedCrop(SIZE, scale=(0.5, 1.0)), v2.RandomHorizontalFlip(), *TO_TENSOR])
 
 
 def fault(path):
     try:
-        with Image.open(path) as image:
-            image.load()  # all of it: the beginning may be whole
-            return f"{path}: its 16 bits would turn white" if image.mode.startswith("I") else None
+        image = UPRIGHT(Image.open(path))  # reads all of it: the beginning may be whole
+        return f"{path}: its 16 bits would turn white" if image.mode.startswith("I") else None
     except Exception as error:  # PIL raises nearly any
         return f"{path}: {error}"
 
@@ -46,6 +46,9 @@ class ImageData(pl.LightningDataModule):
         for images in (self.val_set, self.test_set):
             if images.classes != self.train_set.classes:  # a label is a position in this list
                 raise FileNotFoundError(f"{images.root} has {images.classes}, train has {self.train_set.classes}")
+        paths = [path for images in (self.train_set, self.val_set, self.test_set) for path, _ in images.samples]
+        if faults := list(filter(None, ThreadPoolExecutor().map(fault, paths))):
+            raise OSError("; ".join(faults))
 
     def train_dataloader(self):
         return DataLoader(self.train_set, shuffle=True, **self.loading)
@@ -112,18 +115,15 @@ if __name__ == "__main__":  # worker processes import this file
     torch.set_float32_matmul_precision("medium")  # GPUs with Tensor Cores multiply faster, and some CPUs do
     try:
         data = ImageData(args.data_dir)
-        paths = [path for images in (data.train_set, data.val_set, data.test_set) for path, _ in images.samples]
-        if faults := list(filter(None, ThreadPoolExecutor().map(fault, paths))):
-            parser.error("; ".join(faults))
         # A resumed run goes on in its folder version_N, where its best epoch is.
-        version = Path(args.ckpt_path).resolve(strict=True).parent.parent.name if args.ckpt_path else None
-    except FileNotFoundError as error:
+        beside = Path(args.ckpt_path).resolve(strict=True).with_name("best.ckpt") if args.ckpt_path else None
+        version = beside and beside.resolve(strict=True).parts[-3]
+    except OSError as error:
         parser.error(str(error))
     logger = pl.loggers.TensorBoardLogger(".", version=version)
     best = pl.callbacks.ModelCheckpoint(filename="best", monitor="accuracy/val", mode="max")
     newest = pl.callbacks.ModelCheckpoint(filename="newest", enable_version_counter=False)
     trainer = pl.Trainer(max_epochs=args.max_epochs, devices=args.devices, logger=logger, callbacks=[best, newest])
-    classifier = ImageClassifier(data.train_set.classes)
-    trainer.fit(classifier, data, ckpt_path=args.ckpt_path, weights_only=True)
+    trainer.fit(ImageClassifier(data.train_set.classes), data, ckpt_path=args.ckpt_path, weights_only=True)
     classifier = ImageClassifier.load_from_checkpoint(best.best_model_path, weights_only=True)
     trainer.test(classifier, data)  # with ckpt_path instead, EMAWeightAveraging would put back the raw weights

@@ -18,7 +18,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import ExifTags, Image
 from pytorch_lightning.callbacks import LearningRateMonitor
 from pytorch_lightning.loggers import CSVLogger
 from torch import Tensor
@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from torchmetrics.functional.classification import binary_f1_score, multiclass_f1_score
 from torchvision.datasets import MNIST
+from torchvision.datasets.folder import default_loader
 from torchvision.models import ResNet18_Weights
 
 from common.data import MEAN, STD, MNISTDataModule
@@ -118,6 +119,7 @@ def run_block(
         (["--data_dir", "incomplete"], ["val has ['one'], train has ['one', 'seven', 'zero']"]),
         (["--data_dir", "broken"], ["broken/train/one/1.png: ", "broken/test/zero/2.png: its 16 bits"]),
         (["--ckpt_path", "nothing.ckpt"], ["No such file or directory", "nothing.ckpt"]),
+        (["--ckpt_path", "moved.ckpt"], ["No such file or directory", "best.ckpt"]),
         (["--max_epochs", "ten"], ["invalid int value: 'ten'"]),
     ],
 )
@@ -132,6 +134,7 @@ def test_starter_says_in_one_line_what_is_wrong(
         shutil.copytree(folder / "data", folder / "broken")
         (folder / "broken/train/one/1.png").write_bytes((folder / "data/train/one/1.png").read_bytes()[:-40])
         Image.fromarray(np.full((9, 9), 400, np.uint16)).save(folder / "broken/test/zero/2.png")
+        shutil.copy(folder / CHECKPOINTS / "newest.ckpt", folder / "moved.ckpt")
         (folder / "incomplete/val/one").mkdir(parents=True)
         (folder / "incomplete/val/one/0.png").write_bytes((folder / "data/val/one/0.png").read_bytes())
         for split in ("train", "test"):
@@ -185,14 +188,19 @@ def test_starter_goes_on_with_all_that_people_change_first(
     assert not torch.equal(state["state_dict"][name], state["current_model_state"][name])
     [val] = pl.Trainer(**QUIET).validate(classifier, names["data"], verbose=False)
     assert val["accuracy/val"] == pytest.approx(max(curve))
+    # One that depends on no batch: the weights of classes are for training.
+    images, labels = zip(*names["data"].val_set, strict=True)
+    with torch.no_grad():
+        loss = F.cross_entropy(classifier.eval()(torch.stack(images)), torch.tensor(labels))
+    assert val["loss/val"] == pytest.approx(loss.item(), rel=1e-3)
 
 
 # The page's blocks
 
 
-def test_training_images_alone_are_changed_at_random(folder: Path, monkeypatch: pytest.MonkeyPatch):
+def test_training_images_alone_are_changed_at_random(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(folder)
-    from starter import AUGMENTED, SIZE, ImageData
+    from starter import AUGMENTED, PLAIN, SIZE, ImageData
 
     data = ImageData(folder / "data")
     assert data.train_set.transform is AUGMENTED
@@ -200,6 +208,13 @@ def test_training_images_alone_are_changed_at_random(folder: Path, monkeypatch: 
         image, label = pickle.loads(pickle.dumps(images))[0]  # what Windows and Mac do for worker processes
         assert torch.equal(image, images[0][0]) == same
         assert (image.shape, label) == ((3, SIZE, SIZE), 0)
+    # A phone's photo stands upright: it is stored on its side, and its EXIF data says so.
+    exif, upright = Image.Exif(), Image.open(data.train_set.samples[0][0]).crop((0, 0, 28, 20)).convert("RGB")
+    exif[ExifTags.Base.Orientation] = 6
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "phone.png", exif=exif)
+    for transform in (PLAIN, AUGMENTED):
+        stored, wanted = default_loader(tmp_path / "phone.png"), upright
+        assert torch.equal(*(pl.seed_everything(1) and transform(image) for image in (stored, wanted)))
 
 
 def test_images_are_split(run_block: Callable, folder: Path):
